@@ -1,0 +1,22 @@
+//! The protocol between the pod engine and `kvrun-agent`: generated types ([`agent`], [`agent_ttrpc`]), port numbers
+//! and limits. `proto/agent.proto` is the text to read.
+
+#[allow(missing_docs, clippy::all, clippy::pedantic, unused, unreachable_pub)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// vsock port in the guest on which the agent answers ttrpc.
+pub const RPC_PORT: u32 = 1024;
+/// vsock port in the guest on which the agent takes stdio streams; see `CreateContainerRequest`.
+pub const STREAM_PORT: u32 = 1025;
+/// vsock port on the host to which the agent connects, once, when it answers.
+pub const READY_PORT: u32 = 1024;
+/// Length of the token that starts a stdio stream, in bytes.
+pub const TOKEN_LEN: usize = 8;
+/// The directory in the guest under which everything the agent mounts and keeps lives.
+pub const GUEST_RUN_DIR: &str = "/run/kvrun";
+/// How long, in seconds, the agent waits for the streams a request names to be connected.
+pub const STREAM_TIMEOUT_SECS: u64 = 10;

@@ -1,0 +1,24 @@
+//! The contract between the pod engine and `kvrun-vmm`.
+//!
+//! * [`config`] - what a virtual machine is made of: the [`VmConfig`] that boots it, the [`DeviceConfig`] that
+//!   fills a slot.
+//! * [`control`] - the requests, replies and events that travel over the control socket.
+//! * [`channel`] - the control socket itself: one JSON message per datagram, file descriptors beside it.
+//!
+//! The VMM is started with nothing but one inherited descriptor, [`CONTROL_FD`]: an `AF_UNIX`/`SOCK_SEQPACKET`
+//! socket. Its first message must be [`Request::Boot`]. Everything else the VMM ever needs (kernel image, shared
+//! directories, block files, vsock streams) arrives as an open descriptor over that socket; it never opens a path
+//! that a message names. When the socket closes, the virtual machine ends.
+//!
+//! Plain serde types, no KVM dependency: the pod engine depends on this crate and not on the VMM.
+
+pub mod channel;
+pub mod config;
+pub mod control;
+
+pub use channel::{Channel, ChannelError, Received};
+pub use config::{DeviceConfig, VcpuConfig, VmConfig};
+pub use control::{Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm, VmState};
+
+/// The descriptor number on which `kvrun-vmm` finds its control socket.
+pub const CONTROL_FD: i32 = 3;
