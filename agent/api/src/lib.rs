@@ -1,12 +1,17 @@
 //! The protocol between the pod engine and `kvrun-agent`: generated types ([`agent`], [`agent_ttrpc`]), port numbers
 //! and limits. `proto/agent.proto` is the text to read.
 
+/// Messages.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unused, unreachable_pub)]
-mod generated {
-    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
-pub use generated::{agent, agent_ttrpc};
+/// Client and server of the service `kvrun.agent.v1.Agent`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, unused, unreachable_pub)]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
 
 /// vsock port in the guest on which the agent answers ttrpc.
 pub const RPC_PORT: u32 = 1024;
