@@ -1,1 +1,28 @@
-//! Placeholder until the crate lands.
+//! The virtual machine of a pod.
+//!
+//! `kvrun-vmm` gets one inherited descriptor, the control socket, and runs one machine for as long as that socket is
+//! open. In reading order:
+//!
+//! * [`control`] - the control socket served: requests in, replies and events out. `main` only calls this.
+//! * [`machine`] - a booted machine: memory, vCPUs, buses, slots; built from a `VmConfig`.
+//! * [`arch`] - what is particular to the processor: boot protocol, CPUID, MSRs, interrupt tables.
+//! * [`memory`] - guest memory.
+//! * [`vcpu`] - one thread per vCPU: run, exit, dispatch, pause.
+//! * [`bus`] - which device answers which port or address.
+//! * [`devices`] - the devices: serial console, boot marks, reset port, and everything virtio.
+//! * [`event_loop`] - the one thread on which devices wait for descriptors.
+//! * [`check`] - whether this host's KVM can run a guest kernel, found out with a tiny guest.
+//!
+//! Threads: main (control), the event loop, one per vCPU, and the workers that block and file-system devices start when their
+//! driver comes up. Locks are held in one order: a slot's transport, then a device's own; the event loop takes no transport
+//! lock, so a transport may wait for the loop (see [`event_loop::LoopHandle::remove`]).
+
+pub mod devices;
+pub mod event_loop;
+
+use std::sync::{LockResult, PoisonError};
+
+/// The value of a lock, poisoned or not: this program aborts on panic, so no holder of a lock ever panicked.
+pub(crate) fn locked<T>(result: LockResult<T>) -> T {
+    result.unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,118 @@
+//! Virtio 1.3 devices.
+//!
+//! * this file - the contract between a device and its transport: [`VirtioDevice`], [`Activation`], [`InterruptLine`].
+//! * [`queue`] - a virtqueue as devices see it: every index and length the guest chose checked before use.
+//! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
+//! * `blk`, `fs`, `rng`, `vsock` - the devices.
+//!
+//! A device knows nothing of its transport, and a transport nothing of what its device does.
+
+pub mod queue;
+
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+
+pub use queue::{QueueError, VirtQueue};
+
+/// Memory of the guest, shared by everything that reads or writes it.
+pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+
+/// A virtio device behind some transport.
+///
+/// The transport calls these from whichever thread carries the guest's register access or the control request, never from
+/// two at a time. Order: any number of `features`/`read_config`/`write_config`, then `activate` once the driver has set
+/// `DRIVER_OK`, then config accesses again, then `reset`, after which the device is as new and the circle starts over.
+pub trait VirtioDevice: Send {
+    /// Device ID (virtio 1.3 s5).
+    fn device_id(&self) -> u32;
+
+    /// The name of its kind, for messages: `"rng"`, `"blk"`, ...
+    fn name(&self) -> &'static str;
+
+    /// The largest size of each queue; its length is the number of queues. Powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits the device offers. The transport adds `VIRTIO_F_VERSION_1` and insists on it.
+    fn features(&self) -> u64;
+
+    /// Reads configuration space. Bytes beyond its end read as zero: see [`read_config_bytes`].
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes configuration space. Most devices have nothing writable there.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver is ready: start to work on the queues.
+    ///
+    /// # Errors
+    /// The transport sets `DEVICE_NEEDS_RESET` and logs the error once. The device is then as after `reset`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops all work and drops the queues. When this returns, the device neither reads nor writes guest memory nor signals
+    /// an interrupt, requests in flight included. Called on an inactive device it does nothing.
+    fn reset(&mut self);
+}
+
+/// What an activated device works with.
+pub struct Activation {
+    /// Guest memory.
+    pub mem: GuestRam,
+    /// The features offered that the driver accepted.
+    pub features: u64,
+    /// The queues, all of them, in order. A queue the driver did not make ready is `None`.
+    pub queues: Vec<Option<VirtQueue>>,
+    /// How to interrupt the driver.
+    pub interrupt: Arc<dyn InterruptLine>,
+}
+
+/// How a device interrupts its driver. Any thread may call it.
+pub trait InterruptLine: Send + Sync {
+    /// Used buffers are there in this queue (virtio 1.3 s2.7.7). Call only if [`VirtQueue::needs_interrupt`] says so.
+    fn signal_queue(&self, queue: u16);
+    /// Configuration space has changed.
+    fn signal_config(&self);
+    /// The device has given up on a driver that broke the rules: sets `DEVICE_NEEDS_RESET` (virtio 1.3 s2.1.2) and
+    /// interrupts. `reason` is logged, once per activation.
+    fn needs_reset(&self, reason: &dyn std::error::Error);
+}
+
+/// Why a device did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left a queue unconfigured that the device cannot do without.
+    #[error("the driver did not set up queue {0}")]
+    MissingQueue(u16),
+    /// A host resource (thread, descriptor, ...) could not be had.
+    #[error("cannot {what}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Activation {
+    /// Takes all `N` queues of a device that needs every one of them.
+    ///
+    /// # Errors
+    /// [`ActivateError::MissingQueue`] with the first that the driver left out.
+    pub fn take_queues<const N: usize>(&mut self) -> Result<[VirtQueue; N], ActivateError> {
+        let mut taken = Vec::with_capacity(N);
+        for index in 0..N {
+            let queue = self.queues.get_mut(index).and_then(Option::take);
+            taken.push(queue.ok_or(ActivateError::MissingQueue(index as u16))?);
+        }
+        // The loop pushed exactly N.
+        taken.try_into().map_err(|_| ActivateError::MissingQueue(0))
+    }
+}
+
+/// Answers a read of configuration space held in `config`; what lies beyond its end reads as zero.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(tail) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
+    let length = tail.len().min(data.len());
+    data[..length].copy_from_slice(&tail[..length]);
+}
