@@ -207,3 +207,97 @@ impl EventLoop {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    /// Passes on every byte that arrives.
+    struct Listener {
+        stream: UnixStream,
+        bytes: mpsc::Sender<u8>,
+    }
+
+    impl Subscriber for Listener {
+        fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
+            registry.add(&self.stream, 7, EventFlags::IN)
+        }
+        fn ready(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>) {
+            assert_eq!(token, 7);
+            let mut byte = [0];
+            match self.stream.read(&mut byte) {
+                Ok(1) => self.bytes.send(byte[0]).unwrap(),
+                _ => {
+                    assert!(events.contains(EventFlags::HUP));
+                    registry.delete(&self.stream).unwrap();
+                    self.bytes.send(0).unwrap();
+                }
+            }
+        }
+        fn unsubscribe(&mut self, registry: &Registry<'_>) {
+            let _ = registry.delete(&self.stream);
+        }
+    }
+
+    fn running_loop() -> (LoopHandle, thread::JoinHandle<io::Result<()>>) {
+        let (event_loop, handle) = EventLoop::new().unwrap();
+        (handle, thread::spawn(move || event_loop.run()))
+    }
+
+    #[test]
+    fn events_reach_the_subscriber_until_it_is_taken_back() {
+        let (handle, thread) = running_loop();
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let (sender, bytes) = mpsc::channel();
+        // A duplicate keeps the kernel's watch alive beyond the listener's own close.
+        let duplicate = far.try_clone().unwrap();
+        let id = handle.add(Box::new(Listener { stream: far, bytes: sender })).unwrap();
+        near.write_all(b"a").unwrap();
+        assert_eq!(bytes.recv().unwrap(), b'a');
+        drop(handle.remove(id).unwrap());
+        near.write_all(b"b").unwrap();
+        // Two round trips through the loop later, the byte has still gone nowhere: its receiver is closed.
+        assert!(handle.remove(id).is_none());
+        assert!(bytes.recv().is_err());
+        drop(duplicate);
+        handle.quit();
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn subscriber_that_cannot_register_is_an_error() {
+        let (handle, thread) = running_loop();
+        let (stream, _far) = UnixStream::pair().unwrap();
+        let same = stream.try_clone().unwrap();
+        let (sender, _bytes) = mpsc::channel();
+        struct Twice(Listener);
+        impl Subscriber for Twice {
+            fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
+                self.0.subscribe(registry)?;
+                self.0.subscribe(registry)
+            }
+            fn ready(&mut self, _: u32, _: EventFlags, _: &Registry<'_>) {}
+            fn unsubscribe(&mut self, _: &Registry<'_>) {}
+        }
+        let listener = Listener { stream: same, bytes: sender };
+        assert_eq!(handle.add(Box::new(Twice(listener))).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        handle.quit();
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn ended_loop_answers_nobody_and_hangs_nobody() {
+        let (handle, thread) = running_loop();
+        handle.quit();
+        thread.join().unwrap().unwrap();
+        let (stream, _far) = UnixStream::pair().unwrap();
+        let (sender, _bytes) = mpsc::channel();
+        assert!(handle.add(Box::new(Listener { stream, bytes: sender })).is_err());
+        assert!(handle.remove(SubscriberId(1)).is_none());
+    }
+}

@@ -1,0 +1,41 @@
+# kvrun. The two commands of a fresh Debian machine, as root: `make demo` and `make test`.
+#
+#   make demo             run a container in a micro-VM and look at it
+#   make test             everything CI runs
+#   make bench            measure; table on the terminal, numbers in target/bench/latest.json
+#   make build            all of kvrun, in target/stage
+#   make install PREFIX=  copy it to PREFIX (default /usr/local)
+
+PREFIX ?= /usr/local
+STAGE := target/stage
+RELEASE := target/x86_64-unknown-linux-gnu/release
+
+.PHONY: demo test bench build install setup clean
+
+setup:
+	tests/setup
+
+build: setup
+	guest-kernel/build >/dev/null
+	cargo build --release --locked
+	$(MAKE) --no-print-directory install PREFIX=$(STAGE)
+
+# The layout `kvrun` expects around itself. Files are replaced, not written over, so running machines keep theirs.
+install:
+	@test -x $(RELEASE)/kvrun || { echo "run 'make build' first"; exit 1; }
+	install -D -m755 $(RELEASE)/kvrun $(DESTDIR)$(PREFIX)/bin/kvrun
+	install -D -m755 $(RELEASE)/kvrun-vmm $(DESTDIR)$(PREFIX)/libexec/kvrun/kvrun-vmm
+	install -D -m644 $$(guest-kernel/build --path) $(DESTDIR)$(PREFIX)/share/kvrun/vmlinux
+	agent/mkinitramfs $(DESTDIR)$(PREFIX)/share/kvrun/initramfs.cpio $(RELEASE)/kvrun-agent
+
+demo: build
+	tests/demo
+
+test: build
+	tests/all
+
+bench: build
+	tests/bench/bench
+
+clean:
+	rm -rf target

@@ -1,0 +1,474 @@
+//! The MMIO transport (virtio 1.3 s4.2), with slots.
+//!
+//! A [`MmioSlot`] is a page of registers declared to the guest at boot. Empty, it answers device ID 0, which the driver takes
+//! for a placeholder and skips in silence (s4.2.2.2; Linux 6.12 drivers/virtio/virtio_mmio.c). The control protocol fills it while
+//! the guest runs, and the agent then binds the driver to it; so hot-plug needs neither ACPI nor PCI.
+//!
+//! Hostile driver: what it configures is frozen once it counts (features at `FEATURES_OK`, queues at `DRIVER_OK`), and every
+//! address is checked against guest memory before a device gets a queue.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Activation, GuestRam, InterruptLine, VirtQueue, VirtioDevice};
+use crate::bus::BusDevice;
+use crate::locked;
+
+/// Bytes of address space each slot takes.
+pub const SLOT_SIZE: u64 = 0x1000;
+
+/// The registers (virtio 1.3 s4.2.2).
+mod reg {
+    pub(super) const MAGIC_VALUE: u64 = 0x000;
+    pub(super) const VERSION: u64 = 0x004;
+    pub(super) const DEVICE_ID: u64 = 0x008;
+    pub(super) const VENDOR_ID: u64 = 0x00c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x010;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub(super) const DRIVER_FEATURES: u64 = 0x020;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub(super) const QUEUE_SEL: u64 = 0x030;
+    pub(super) const QUEUE_NUM_MAX: u64 = 0x034;
+    pub(super) const QUEUE_NUM: u64 = 0x038;
+    pub(super) const QUEUE_READY: u64 = 0x044;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x050;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x060;
+    pub(super) const INTERRUPT_ACK: u64 = 0x064;
+    pub(super) const STATUS: u64 = 0x070;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x080;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
+    pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// Offset of the register the driver kicks, for KVM's ioeventfd.
+pub const QUEUE_NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const MMIO_VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"kvrn");
+
+/// One slot of the machine.
+pub struct MmioSlot {
+    mem: GuestRam,
+    /// Raises the slot's interrupt line in the guest when written (KVM irqfd).
+    irq: Arc<EventFd>,
+    transport: Mutex<Option<Transport>>,
+}
+
+/// A request about a slot that cannot be met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// There is a device in the slot.
+    #[error("the slot is taken")]
+    Taken,
+    /// There is no device in the slot.
+    #[error("the slot is empty")]
+    Empty,
+    /// The host is out of descriptors.
+    #[error("no descriptor left for the queues of the device")]
+    Descriptors,
+}
+
+impl MmioSlot {
+    /// An empty slot whose interrupt line is raised by `irq`.
+    pub fn new(mem: GuestRam, irq: EventFd) -> Self {
+        Self { mem, irq: Arc::new(irq), transport: Mutex::new(None) }
+    }
+
+    /// Puts a device into the slot. Returns the descriptors that stand for the driver's kick of each queue, in order, for
+    /// registration with KVM; without that, kicks arrive as register writes and work all the same.
+    ///
+    /// # Errors
+    /// [`SlotError::Taken`], [`SlotError::Descriptors`].
+    pub fn fill(&self, device: Box<dyn VirtioDevice>) -> Result<Vec<EventFd>, SlotError> {
+        let mut slot = self.lock();
+        if slot.is_some() {
+            return Err(SlotError::Taken);
+        }
+        let transport = Transport::new(device, self.mem.clone(), self.irq.clone())?;
+        let kicks = transport.kicks()?;
+        *slot = Some(transport);
+        Ok(kicks)
+    }
+
+    /// Takes the device out of the slot, at rest. Returns what [`MmioSlot::fill`] returned, for deregistration.
+    ///
+    /// # Errors
+    /// [`SlotError::Empty`].
+    pub fn empty(&self) -> Result<Vec<EventFd>, SlotError> {
+        let mut transport = self.lock().take().ok_or(SlotError::Empty)?;
+        transport.reset();
+        transport.kicks()
+    }
+
+    /// The kind of device in the slot.
+    pub fn device_name(&self) -> Option<&'static str> {
+        self.lock().as_ref().map(|transport| transport.device.name())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Transport>> {
+        locked(self.transport.lock())
+    }
+}
+
+impl BusDevice for MmioSlot {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let slot = self.lock();
+        if offset >= reg::CONFIG {
+            match slot.as_ref() {
+                Some(transport) => transport.device.read_config(offset - reg::CONFIG, data),
+                None => data.fill(0),
+            }
+            return;
+        }
+        // s4.2.2.2: the driver must access control registers by aligned 32-bit reads and writes.
+        let Ok(data) = <&mut [u8; 4]>::try_from(data) else { return };
+        let value = match (slot.as_ref(), offset) {
+            (_, reg::MAGIC_VALUE) => MAGIC,
+            (_, reg::VERSION) => MMIO_VERSION,
+            (_, reg::VENDOR_ID) => VENDOR,
+            (Some(transport), _) => transport.read(offset),
+            (None, _) => 0,
+        };
+        *data = value.to_le_bytes();
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut slot = self.lock();
+        let Some(transport) = slot.as_mut() else { return };
+        if offset >= reg::CONFIG {
+            transport.device.write_config(offset - reg::CONFIG, data);
+        } else if let Ok(data) = data.try_into() {
+            transport.write(offset, u32::from_le_bytes(data));
+        }
+    }
+}
+
+/// The registers of a filled slot.
+struct Transport {
+    device: Box<dyn VirtioDevice>,
+    mem: GuestRam,
+    interrupt: Arc<MmioInterrupt>,
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+/// One queue: what the driver has configured of it, and its kick.
+struct QueueRegisters {
+    max_size: u16,
+    config: QueueConfig,
+    kick: EventFd,
+}
+
+/// What the driver has configured of one queue, not checked yet.
+#[derive(Clone, Copy, Default)]
+struct QueueConfig {
+    size: u32,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl QueueRegisters {
+    /// The queue as configured, if that is one a device can work on.
+    fn queue(&self, event_idx_enabled: bool, mem: &GuestRam) -> Option<Queue> {
+        let QueueConfig { size, ready, desc_table, avail_ring, used_ring } = self.config;
+        let queue = Queue::try_from(QueueState {
+            max_size: self.max_size,
+            next_avail: 0,
+            next_used: 0,
+            event_idx_enabled,
+            size: u16::try_from(size).ok()?,
+            ready,
+            desc_table,
+            avail_ring,
+            used_ring,
+        })
+        .ok()?;
+        queue.is_valid(&**mem).then_some(queue)
+    }
+}
+
+impl Transport {
+    fn new(device: Box<dyn VirtioDevice>, mem: GuestRam, irq: Arc<EventFd>) -> Result<Self, SlotError> {
+        let mut queues = Vec::with_capacity(device.queue_sizes().len());
+        for &max_size in device.queue_sizes() {
+            queues.push(QueueRegisters {
+                max_size,
+                config: QueueConfig::default(),
+                kick: EventFd::new(EFD_NONBLOCK).map_err(|_| SlotError::Descriptors)?,
+            });
+        }
+        let interrupt = Arc::new(MmioInterrupt {
+            device: device.name(),
+            irq,
+            status: AtomicU32::new(0),
+            broken: AtomicBool::new(false),
+            complained: AtomicBool::new(false),
+        });
+        Ok(Self {
+            device,
+            mem,
+            interrupt,
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues,
+        })
+    }
+
+    fn kicks(&self) -> Result<Vec<EventFd>, SlotError> {
+        self.queues.iter().map(|q| q.kick.try_clone().map_err(|_| SlotError::Descriptors)).collect()
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | 1 << VIRTIO_F_VERSION_1
+    }
+
+    fn read(&self, offset: u64) -> u32 {
+        let queue = self.queues.get(self.queue_select as usize);
+        match offset {
+            reg::DEVICE_ID => self.device.device_id(),
+            reg::DEVICE_FEATURES => half(self.features(), self.device_features_select),
+            reg::QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
+            reg::QUEUE_READY => queue.map_or(0, |queue| queue.config.ready.into()),
+            reg::INTERRUPT_STATUS => self.interrupt.status.load(Ordering::Acquire),
+            reg::STATUS => {
+                let broken = self.interrupt.broken.load(Ordering::Acquire);
+                self.status | if broken { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
+            }
+            // s4.2.2: no shared memory region reads as one of length 2^64 - 1.
+            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
+            // No device here changes its configuration space in more than one access' width.
+            reg::CONFIG_GENERATION => 0,
+            _ => 0,
+        }
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        match offset {
+            reg::DEVICE_FEATURES_SEL => self.device_features_select = value,
+            reg::DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            reg::DRIVER_FEATURES => self.accept_features(value),
+            reg::QUEUE_SEL => self.queue_select = value,
+            reg::QUEUE_NOTIFY => {
+                if let Some(registers) = self.queues.get(value as usize) {
+                    // Only a counter at its limit refuses, and then the kick is there already.
+                    let _ = registers.kick.write(1);
+                }
+            }
+            reg::INTERRUPT_ACK => {
+                self.interrupt.status.fetch_and(!value, Ordering::AcqRel);
+            }
+            reg::STATUS => self.set_status(value),
+            _ => self.configure_queue(offset, value),
+        }
+    }
+
+    /// s2.2.2: the driver accepts features between `DRIVER` and `FEATURES_OK`, never later.
+    fn accept_features(&mut self, value: u32) {
+        if !self.has(VIRTIO_CONFIG_S_DRIVER) || self.has(VIRTIO_CONFIG_S_FEATURES_OK) {
+            return;
+        }
+        match self.driver_features_select {
+            0 => set_low(&mut self.driver_features, value),
+            1 => set_high(&mut self.driver_features, value),
+            _ => {}
+        }
+    }
+
+    /// Queue registers count between `FEATURES_OK` and `DRIVER_OK`; a ready queue does not change (s4.2.2.2).
+    fn configure_queue(&mut self, offset: u64, value: u32) {
+        if !self.has(VIRTIO_CONFIG_S_FEATURES_OK) || self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
+            return;
+        }
+        let Some(QueueRegisters { config, .. }) = self.queues.get_mut(self.queue_select as usize) else { return };
+        if offset == reg::QUEUE_READY {
+            config.ready = value & 1 == 1;
+            return;
+        }
+        if config.ready {
+            return;
+        }
+        match offset {
+            reg::QUEUE_NUM => config.size = value,
+            reg::QUEUE_DESC_LOW => set_low(&mut config.desc_table, value),
+            reg::QUEUE_DESC_HIGH => set_high(&mut config.desc_table, value),
+            reg::QUEUE_DRIVER_LOW => set_low(&mut config.avail_ring, value),
+            reg::QUEUE_DRIVER_HIGH => set_high(&mut config.avail_ring, value),
+            reg::QUEUE_DEVICE_LOW => set_low(&mut config.used_ring, value),
+            reg::QUEUE_DEVICE_HIGH => set_high(&mut config.used_ring, value),
+            _ => {}
+        }
+    }
+
+    /// s3.1.1: the driver walks through the status bits in order, adding one at a time, or starts over by writing 0.
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        if value & VIRTIO_CONFIG_S_FAILED != 0 {
+            self.status |= VIRTIO_CONFIG_S_FAILED;
+            return;
+        }
+        let steps = [
+            VIRTIO_CONFIG_S_ACKNOWLEDGE,
+            VIRTIO_CONFIG_S_DRIVER,
+            VIRTIO_CONFIG_S_FEATURES_OK,
+            VIRTIO_CONFIG_S_DRIVER_OK,
+        ];
+        for step in steps {
+            if self.has(step) {
+                continue;
+            }
+            if value & step == 0 || (step == VIRTIO_CONFIG_S_FEATURES_OK && !self.features_hold()) {
+                return;
+            }
+            self.status |= step;
+            if step == VIRTIO_CONFIG_S_DRIVER_OK {
+                self.activate();
+            }
+        }
+    }
+
+    /// s2.2.2: `FEATURES_OK` stays clear if the driver accepted what was not offered; a driver without `VERSION_1` is a legacy one.
+    fn features_hold(&self) -> bool {
+        self.driver_features & !self.features() == 0 && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (index, registers) in self.queues.iter().enumerate() {
+            if !registers.config.ready {
+                queues.push(None);
+                continue;
+            }
+            let Some(queue) = registers.queue(event_idx, &self.mem) else {
+                self.interrupt.needs_reset(&BadQueue(index));
+                return;
+            };
+            let Ok(kick) = registers.kick.try_clone() else {
+                self.interrupt.needs_reset(&SlotError::Descriptors);
+                return;
+            };
+            queues.push(Some(VirtQueue::new(index as u16, queue, kick)));
+        }
+        let outcome = self.device.activate(Activation {
+            mem: self.mem.clone(),
+            features: self.driver_features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        });
+        if let Err(e) = outcome {
+            self.interrupt.needs_reset(&e);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.device.reset();
+        for registers in &mut self.queues {
+            registers.config = QueueConfig::default();
+            let _ = registers.kick.read();
+        }
+        self.interrupt.status.store(0, Ordering::Release);
+        self.interrupt.broken.store(false, Ordering::Release);
+        self.status = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.status & bit != 0
+    }
+}
+
+/// The half of `features` that `select` names.
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(value: &mut u64, low: u32) {
+    *value = *value >> 32 << 32 | u64::from(low);
+}
+
+fn set_high(value: &mut u64, high: u32) {
+    *value = u64::from(high) << 32 | u64::from(*value as u32);
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("queue {0} is not where or what a queue can be")]
+struct BadQueue(usize);
+
+/// The interrupt of one filled slot.
+struct MmioInterrupt {
+    device: &'static str,
+    irq: Arc<EventFd>,
+    /// The register `InterruptStatus`.
+    status: AtomicU32,
+    /// `DEVICE_NEEDS_RESET`.
+    broken: AtomicBool,
+    /// A guest may break a device over and over; it is told of once.
+    complained: AtomicBool,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, cause: u32) {
+        self.status.fetch_or(cause, Ordering::AcqRel);
+        // Only a counter at its limit refuses, and then the interrupt is pending already.
+        let _ = self.irq.write(1);
+    }
+}
+
+impl InterruptLine for MmioInterrupt {
+    fn signal_queue(&self, _queue: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn signal_config(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn needs_reset(&self, reason: &dyn std::error::Error) {
+        self.broken.store(true, Ordering::Release);
+        if !self.complained.swap(true, Ordering::AcqRel) {
+            let cause = reason.source().map_or(String::new(), |source| format!(": {source}"));
+            log::warn!("virtio-{} stops until its driver resets it: {reason}{cause}", self.device);
+        }
+        self.signal_config();
+    }
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;
