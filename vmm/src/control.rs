@@ -1,0 +1,155 @@
+//! The control socket, served.
+//!
+//! Everything the pod engine asks for passes through [`serve`], on the main thread, one request at a time. Only the answer to a
+//! vsock connection, which waits for the guest, and the events come from other threads; a datagram is atomic, so they share the
+//! socket without a lock.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use kvrun_vmm_api::{Channel, ChannelError, Event, ExitReason, FromVmm, Received, Reply, Request, RequestError, ToVmm};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::devices::virtio::vsock::ConnectError;
+use crate::machine::{Machine, MachineError};
+
+/// Why serving ended before the machine did.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket failed or carried something that is not the protocol.
+    #[error("control socket")]
+    Channel(#[from] ChannelError),
+    /// The first request was not [`Request::Boot`].
+    #[error("the first request must be boot")]
+    NotBoot,
+    /// poll(2) failed.
+    #[error("cannot wait for the control socket")]
+    Poll(#[source] Errno),
+}
+
+/// Boots the machine the first request asks for, and serves requests until it has ended or the socket is closed.
+///
+/// # Errors
+/// [`ServeError`]; the machine, if any, has been stopped by then. That the machine could not be booted is not an error here: the
+/// refusal has been sent.
+pub fn serve(channel: Channel) -> Result<(), ServeError> {
+    let channel = Arc::new(channel);
+    let Some(Received { message: ToVmm { id, request }, fds }) = channel.receive()? else { return Ok(()) };
+    let Request::Boot(config) = request else { return Err(ServeError::NotBoot) };
+    let accepted = {
+        let channel = channel.clone();
+        move |port, stream: OwnedFd| {
+            // An engine that is gone takes the machine with it: the main thread sees that too.
+            let _ = channel.send(&FromVmm::Event(Event::VsockAccepted { port }), &[stream.as_fd()]);
+        }
+    };
+    let mut machine = match boot_fds(fds).and_then(|fds| Machine::boot(&config, fds, Box::new(accepted))) {
+        Ok(machine) => machine,
+        Err(e) => return Ok(reply(&channel, id, Err(e.into()))?),
+    };
+    reply(&channel, id, Ok(Reply::Done))?;
+
+    let reason = loop {
+        match wait(&channel, &machine).map_err(ServeError::Poll)? {
+            Wake::Exit => break machine.take_exit(),
+            Wake::Request => {}
+        }
+        let received = match channel.receive() {
+            Ok(Some(received)) => received,
+            // The engine is gone, and with it whoever would have been told.
+            Ok(None) => {
+                machine.stop();
+                return Ok(());
+            }
+            Err(e) => {
+                machine.stop();
+                return Err(e.into());
+            }
+        };
+        let ToVmm { id, request } = received.message;
+        let stop = request == Request::Stop;
+        obey(&channel, &machine, id, request, received.fds)?;
+        if stop {
+            break ExitReason::Stopped;
+        }
+    };
+    machine.stop();
+    let event = Event::Exited { reason, console_tail: machine.console_tail() };
+    Ok(channel.send(&FromVmm::Event(event), &[])?)
+}
+
+enum Wake {
+    Request,
+    Exit,
+}
+
+/// Waits for the machine to end or a request to arrive. The end comes first.
+fn wait(channel: &Channel, machine: &Machine) -> Result<Wake, Errno> {
+    let mut fds = [
+        PollFd::new(machine.exit_event(), PollFlags::IN),
+        PollFd::new(channel, PollFlags::IN),
+    ];
+    while let Err(e) = poll(&mut fds, None) {
+        if e != Errno::INTR {
+            return Err(e);
+        }
+    }
+    Ok(if fds[0].revents().is_empty() { Wake::Request } else { Wake::Exit })
+}
+
+fn obey(
+    channel: &Arc<Channel>,
+    machine: &Machine,
+    id: u64,
+    request: Request,
+    fds: Vec<OwnedFd>,
+) -> Result<(), ChannelError> {
+    let outcome = match request {
+        Request::Boot(_) => Err(MachineError::BootedAlready),
+        Request::Attach { slot, device } => only_fd(fds).and_then(|fd| machine.attach(slot, device, fd)),
+        Request::Detach { slot } => machine.detach(slot),
+        Request::VsockConnect { port } => match only_fd(fds) {
+            Err(e) => Err(e),
+            Ok(stream) => {
+                let channel = channel.clone();
+                let done = move |outcome: Result<(), ConnectError>| {
+                    let result = match outcome {
+                        Ok(()) => Ok(Reply::Done),
+                        Err(ConnectError::Refused) => Err(RequestError::ConnectionRefused { port }),
+                        Err(e) => Err(RequestError::Precondition(format!("vsock port {port}: {e}"))),
+                    };
+                    let _ = reply(&channel, id, result);
+                };
+                machine.vsock().connect(port, stream, Box::new(done));
+                return Ok(());
+            }
+        },
+        Request::Pause => {
+            machine.pause();
+            Ok(())
+        }
+        Request::Resume => {
+            machine.resume();
+            Ok(())
+        }
+        Request::State => return reply(channel, id, Ok(Reply::State(machine.state()))),
+        Request::Stop => Ok(()),
+    };
+    reply(channel, id, outcome.map(|()| Reply::Done).map_err(Into::into))
+}
+
+fn reply(channel: &Channel, id: u64, result: Result<Reply, RequestError>) -> Result<(), ChannelError> {
+    channel.send(&FromVmm::Reply { id, result }, &[])
+}
+
+/// The descriptors of [`Request::Boot`].
+fn boot_fds(fds: Vec<OwnedFd>) -> Result<[OwnedFd; 3], MachineError> {
+    fds.try_into().map_err(|fds: Vec<_>| MachineError::Descriptors { wanted: 3, got: fds.len() })
+}
+
+fn only_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, MachineError> {
+    let [fd] = <[OwnedFd; 1]>::try_from(fds)
+        .map_err(|fds| MachineError::Descriptors { wanted: 1, got: fds.len() })?;
+    Ok(fd)
+}
