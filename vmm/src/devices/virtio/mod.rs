@@ -7,7 +7,10 @@
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
+pub mod mmio;
 pub mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::sync::Arc;
 
