@@ -4,6 +4,7 @@
 //! chain (a chain cannot loop for longer than the queue is long); this wrapper adds the one thing a device must do when the
 //! ring itself is corrupt: give up ([`QueueError`]) instead of carrying on with garbage.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -71,8 +72,15 @@ impl VirtQueue {
     }
 
     /// The descriptor the driver's kicks arrive at: wait for it to be readable, then [`VirtQueue::clear_kick`].
-    pub fn kick(&self) -> &EventFd {
-        &self.kick
+    pub fn kick(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as `self.kick` is, and the result borrows `self`.
+        unsafe { BorrowedFd::borrow_raw(self.kick.as_raw_fd()) }
+    }
+
+    /// Kicks the queue on the driver's behalf: whoever waits for its kicks looks again.
+    pub fn kick_again(&self) {
+        // Only a counter at its limit refuses, and then the kick is there already.
+        let _ = self.kick.write(1);
     }
 
     /// Takes note of all kicks so far.
