@@ -17,12 +17,24 @@
 //! driver comes up. Locks are held in one order: a slot's transport, then a device's own; the event loop takes no transport
 //! lock, so a transport may wait for the loop (see [`event_loop::LoopHandle::remove`]).
 
+pub mod arch;
+pub mod bus;
+pub mod check;
 pub mod devices;
 pub mod event_loop;
+pub mod memory;
+pub mod vcpu;
 
 use std::sync::{LockResult, PoisonError};
 
 /// The value of a lock, poisoned or not: this program aborts on panic, so no holder of a lock ever panicked.
 pub(crate) fn locked<T>(result: LockResult<T>) -> T {
     result.unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `CLOCK_MONOTONIC` now, in nanoseconds.
+pub(crate) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // Never negative, and nanoseconds wrap after 584 years.
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -1,0 +1,16 @@
+//! What is particular to the processor. The rest of the crate uses the names re-exported here and no others, so that another
+//! architecture is another folder with the same names:
+//!
+//! * [`memory_regions`] - where guest memory lies.
+//! * [`build`] - a virtual machine with everything KVM needs to know, its guest loaded, its vCPUs ready to run.
+//! * [`cmdline_for_vcpus`] - what the guest kernel must be told about its vCPUs.
+//! * [`MMIO_BASE`], [`MMIO_END`], [`FIRST_GSI`], [`GSIS`] - where virtio-mmio slots go and which interrupts they have.
+
+#[cfg(target_arch = "x86_64")]
+pub mod x86_64;
+
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{
+    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, build, cmdline_for_vcpus,
+    memory_regions,
+};

@@ -1,0 +1,199 @@
+//! What the processor says it is: what KVM supports on this host, less what a pod cannot use, plus what KVM leaves to the VMM:
+//! the APIC ID of each vCPU, and one thread per core, all cores in one package.
+//!
+//! Leaves: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+use vmm_sys_util::errno;
+
+/// The processor cannot be described.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuidError {
+    /// KVM does not tell what it supports.
+    #[error("cannot get the supported CPUID from KVM")]
+    Supported(#[source] errno::Error),
+    /// More leaves than KVM takes.
+    #[error("the host's processor has more than {KVM_MAX_CPUID_ENTRIES} CPUID leaves")]
+    TooMany,
+    /// Permission for AMX.
+    #[error("cannot get permission to use AMX in the guest")]
+    Amx(#[source] io::Error),
+}
+
+mod leaf {
+    pub(super) const VENDOR: u32 = 0;
+    pub(super) const FEATURES: u32 = 1;
+    pub(super) const CACHES: u32 = 4;
+    pub(super) const THERMAL: u32 = 6;
+    pub(super) const EXTENDED_FEATURES: u32 = 7;
+    pub(super) const PMU: u32 = 0xa;
+    pub(super) const TOPOLOGY: u32 = 0xb;
+    pub(super) const TOPOLOGY_V2: u32 = 0x1f;
+    pub(super) const AMD_FEATURES: u32 = 0x8000_0001;
+    pub(super) const AMD_SIZES: u32 = 0x8000_0008;
+    pub(super) const AMD_CACHES: u32 = 0x8000_001d;
+    pub(super) const AMD_TOPOLOGY: u32 = 0x8000_001e;
+    pub(super) const AMD_PMU: u32 = 0x8000_0022;
+    pub(super) const AMD_TOPOLOGY_V2: u32 = 0x8000_0026;
+}
+
+/// What all vCPUs have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Template {
+    entries: Vec<kvm_cpuid_entry2>,
+    vcpus: u8,
+}
+
+impl Template {
+    /// Asks KVM what it supports, and takes from it what fits a machine of `vcpus` vCPUs.
+    pub(super) fn new(kvm: &Kvm, vcpus: u8) -> Result<Self, CpuidError> {
+        request_amx().map_err(CpuidError::Amx)?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
+        let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { entries: filter(supported.as_slice(), vcpus, deadline_timer), vcpus })
+    }
+
+    /// The CPUID of one vCPU, whose APIC ID is its index.
+    pub(super) fn for_vcpu(&self, index: u8) -> Result<CpuId, CpuidError> {
+        let mut entries = self.entries.clone();
+        set_apic_id(&mut entries, index, self.vcpus);
+        CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany)
+    }
+}
+
+/// Asks for permission to use AMX in guests of this process, without which KVM reports half of it
+/// (Linux Documentation/arch/x86/xstate.rst). A host without AMX, or too old to know of it, says so and all is well.
+fn request_amx() -> io::Result<()> {
+    const ARCH_REQ_XCOMP_GUEST_PERM: libc::c_int = 0x1025;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: the call takes two numbers and no pointer.
+    if unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM, XFEATURE_XTILEDATA) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
+        _ => Err(error),
+    }
+}
+
+/// How many low bits of an APIC ID number the vCPUs of the package.
+fn core_bits(vcpus: u8) -> u32 {
+    vcpus.next_power_of_two().trailing_zeros()
+}
+
+fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
+    // "AuthenticAMD" and "HygonGenuine" in EBX, EDX, ECX; the EBX of each.
+    const AMD: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+    entries.iter().any(|entry| entry.function == leaf::VENDOR && AMD.contains(&entry.ebx))
+}
+
+/// Everything that is the same for all vCPUs.
+fn filter(supported: &[kvm_cpuid_entry2], vcpus: u8, deadline_timer: bool) -> Vec<kvm_cpuid_entry2> {
+    let amd = is_amd(supported);
+    let max_basic =
+        supported.iter().find(|entry| entry.function == leaf::VENDOR).map_or(0, |entry| entry.eax);
+    let (count, bits) = (u32::from(vcpus), core_bits(vcpus));
+    let mut entries: Vec<_> = supported
+        .iter()
+        .copied()
+        // Topology leaves are made below; a leaf that is not there reads as zero, which for 0x80000026 means "look at 0xb".
+        .filter(|entry| {
+            !matches!(entry.function, leaf::TOPOLOGY | leaf::TOPOLOGY_V2 | leaf::AMD_TOPOLOGY_V2)
+        })
+        .collect();
+    for entry in &mut entries {
+        match entry.function {
+            leaf::FEATURES => {
+                const PDCM: u32 = 1 << 15;
+                const TSC_DEADLINE: u32 = 1 << 24;
+                const HYPERVISOR: u32 = 1 << 31;
+                const HTT: u32 = 1 << 28;
+                entry.ecx = entry.ecx & !(PDCM | TSC_DEADLINE) | HYPERVISOR;
+                if deadline_timer {
+                    entry.ecx |= TSC_DEADLINE;
+                }
+                // Logical processors in the package, valid if HTT.
+                entry.ebx = entry.ebx & !0x00ff_0000 | (1 << bits) << 16;
+                entry.edx = if vcpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+            }
+            leaf::CACHES if entry.eax & 0x1f != 0 => share_cache(entry, bits),
+            // The APIC timer runs in all power states; no turbo, no energy hint, no thermal sensor.
+            leaf::THERMAL => {
+                const ARAT: u32 = 1 << 2;
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (ARAT, 0, 0, 0);
+            }
+            leaf::EXTENDED_FEATURES if entry.index == 0 => {
+                // UMWAIT would let a guest hold a host CPU without being preempted by a halt exit.
+                const WAITPKG: u32 = 1 << 5;
+                entry.ecx &= !WAITPKG;
+            }
+            leaf::PMU | leaf::AMD_PMU => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            leaf::AMD_FEATURES => {
+                const PERFCTR_CORE: u32 = 1 << 23;
+                const PERFCTR_NB: u32 = 1 << 24;
+                const PERFCTR_LLC: u32 = 1 << 28;
+                entry.ecx &= !(PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC);
+                if amd {
+                    // Each logical processor is a core, not a thread of one.
+                    const CMP_LEGACY: u32 = 1 << 1;
+                    entry.ecx = if vcpus > 1 { entry.ecx | CMP_LEGACY } else { entry.ecx & !CMP_LEGACY };
+                }
+            }
+            // Cores in the package less one, and the width of their number in an APIC ID.
+            leaf::AMD_SIZES if amd => entry.ecx = bits << 12 | (count - 1),
+            leaf::AMD_CACHES if entry.eax & 0x1f != 0 => share_cache(entry, bits),
+            _ => {}
+        }
+    }
+    // V2 takes precedence over V1 in Linux; both say the same. Intel and AMD alike have 0xb.
+    for function in [leaf::TOPOLOGY, leaf::TOPOLOGY_V2].into_iter().filter(|&leaf| leaf <= max_basic) {
+        const LEVEL_THREAD: u32 = 1;
+        const LEVEL_CORE: u32 = 2;
+        for (index, (shift, processors, level)) in
+            [(0, 1, LEVEL_THREAD), (bits, count, LEVEL_CORE), (0, 0, 0)].into_iter().enumerate()
+        {
+            entries.push(kvm_cpuid_entry2 {
+                function,
+                index: index as u32,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                eax: shift,
+                ebx: processors,
+                ecx: level << 8 | index as u32,
+                ..Default::default()
+            });
+        }
+    }
+    entries
+}
+
+/// Makes a cache's sharing fit: the last level is shared by the package, the others belong to one core.
+fn share_cache(entry: &mut kvm_cpuid_entry2, bits: u32) {
+    let level = entry.eax >> 5 & 7;
+    let sharing = if level >= 3 { (1 << bits) - 1 } else { 0 };
+    // Bits 25..14: logical processors that share it, less one. Intel only, bits 31..26: cores in the package, less one
+    // (reserved on AMD, where zero is right).
+    let cores = if entry.function == leaf::CACHES { (1u32 << bits) - 1 } else { 0 };
+    entry.eax = entry.eax & 0x3fff | sharing << 14 | cores << 26;
+}
+
+/// What differs between vCPUs.
+fn set_apic_id(entries: &mut [kvm_cpuid_entry2], index: u8, vcpus: u8) {
+    let id = u32::from(index);
+    let amd = is_amd(entries);
+    for entry in entries {
+        match entry.function {
+            leaf::FEATURES => entry.ebx = entry.ebx & 0x00ff_ffff | id << 24,
+            leaf::TOPOLOGY | leaf::TOPOLOGY_V2 => entry.edx = id,
+            leaf::AMD_TOPOLOGY if amd => {
+                // Extended APIC ID; core ID with one thread per core; one node, number 0.
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (id, id, 0, 0);
+                debug_assert!(index < vcpus);
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The KVM calls that make the machine, in the order KVM wants them: TSS address and interrupt controller before the first
+//! vCPU, CPUID before MSRs (which MSRs exist depends on it).
+
+use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::errno;
+
+use super::{cpuid, layout, registers};
+use crate::devices::virtio::GuestRam;
+
+/// KVM refused a call.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// An ioctl.
+    #[error("KVM refuses to {what}")]
+    Ioctl {
+        /// What was attempted.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: errno::Error,
+    },
+    /// An ioctl for one vCPU.
+    #[error("KVM refuses to {what} of vCPU {vcpu}")]
+    VcpuIoctl {
+        /// What was attempted.
+        what: &'static str,
+        /// Which vCPU.
+        vcpu: u8,
+        /// Why not.
+        #[source]
+        source: errno::Error,
+    },
+    /// A model-specific register.
+    #[error("KVM refuses to set MSR {index:#x} of vCPU {vcpu}")]
+    Msr {
+        /// Which register.
+        index: u32,
+        /// Which vCPU.
+        vcpu: u8,
+    },
+    /// The processor description.
+    #[error("cannot describe the processor to the guest")]
+    Cpuid(#[from] cpuid::CpuidError),
+}
+
+fn vm_error(what: &'static str) -> impl FnOnce(errno::Error) -> VmError {
+    move |source| VmError::Ioctl { what, source }
+}
+
+/// Makes the virtual machine with its interrupt controllers (PIC, IOAPIC, local APICs) in the kernel. No PIT: a guest with
+/// kvmclock and TSC deadline needs none, and it would cost a kernel thread of the host.
+pub(super) fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
+    let vm = loop {
+        match kvm.create_vm() {
+            // Starting the huge page recovery thread of the host can be interrupted.
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break other.map_err(vm_error("create a virtual machine"))?,
+        }
+    };
+    vm.set_tss_address(layout::KVM_TSS).map_err(vm_error("set the TSS address"))?;
+    // Without virtual performance counters, KVM need not switch them at each exit.
+    if vm.check_extension_raw(u64::from(KVM_CAP_PMU_CAPABILITY)) as u32 & KVM_PMU_CAP_DISABLE != 0 {
+        let mut disable = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        disable.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
+        vm.enable_cap(&disable).map_err(vm_error("disable performance counters"))?;
+    }
+    vm.create_irq_chip().map_err(vm_error("create the interrupt controllers"))?;
+    Ok(vm)
+}
+
+/// Makes `count` vCPUs, the first of which starts at the PVH entry point `entry`.
+pub(super) fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: GuestAddress,
+) -> Result<Vec<VcpuFd>, VmError> {
+    let cpuid = cpuid::Template::new(kvm, count)?;
+    let msrs = registers::msrs();
+    (0..count)
+        .map(|index| {
+            let error = |what| move |source| VmError::VcpuIoctl { what, vcpu: index, source };
+            let vcpu = vm.create_vcpu(u64::from(index)).map_err(error("create the descriptor"))?;
+            vcpu.set_cpuid2(&cpuid.for_vcpu(index)?).map_err(error("set the CPUID"))?;
+            set_msrs(&vcpu, index, &msrs)?;
+            let mut lapic = vcpu.get_lapic().map_err(error("read the local APIC"))?;
+            registers::wire_lapic(&mut lapic);
+            vcpu.set_lapic(&lapic).map_err(error("set the local APIC"))?;
+            if index == 0 {
+                let mut sregs = vcpu.get_sregs().map_err(error("read the special registers"))?;
+                registers::set_entry_sregs(&mut sregs);
+                vcpu.set_sregs(&sregs).map_err(error("set the special registers"))?;
+                vcpu.set_regs(&registers::entry_regs(entry)).map_err(error("set the registers"))?;
+                vcpu.set_fpu(&registers::fpu()).map_err(error("set the FPU"))?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// Gives the machine its memory: one slot per region.
+pub(super) fn add_memory(vm: &VmFd, mem: &GuestRam) -> Result<(), VmError> {
+    for (slot, region) in mem.iter().enumerate() {
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping behind the region lives until the process ends (see `crate::memory`), and is what its
+        // address and length say.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(vm_error("map guest memory"))?;
+    }
+    Ok(())
+}
+
+fn set_msrs(vcpu: &VcpuFd, index: u8, msrs: &Msrs) -> Result<(), VmError> {
+    let set = vcpu
+        .set_msrs(msrs)
+        .map_err(|source| VmError::VcpuIoctl { what: "set the MSRs", vcpu: index, source })?;
+    // KVM stops at the first that it refuses and says how many it took.
+    match msrs.as_slice().get(set) {
+        Some(refused) => Err(VmError::Msr { index: refused.index, vcpu: index }),
+        None => Ok(()),
+    }
+}
+
+/// What KVM must be able to do for [`create`] and for the devices to work.
+pub const NEEDED_CAPABILITIES: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+];

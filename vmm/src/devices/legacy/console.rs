@@ -1,0 +1,97 @@
+//! The serial console: what the guest says is kept as a tail of bounded length, for the report when it dies.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::Mutex;
+
+use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::locked;
+
+/// First port of COM1.
+pub const BASE: u64 = 0x3f8;
+/// How many ports a 16550 has.
+pub const LENGTH: u64 = 8;
+/// The interrupt of COM1.
+pub const GSI: u32 = 4;
+
+/// A 16550 whose transmitter fills a ring.
+#[derive(Debug)]
+pub struct Console {
+    serial: Mutex<Serial<Line, NoEvents, Tail>>,
+}
+
+impl Console {
+    /// A console that keeps the last `capacity` bytes. `interrupt` is written when the port interrupts; register it as
+    /// irqfd of [`GSI`].
+    pub fn new(interrupt: EventFd, capacity: usize) -> Self {
+        Self { serial: Mutex::new(Serial::new(Line(interrupt), Tail::new(capacity))) }
+    }
+
+    /// The last bytes written, oldest first, made valid UTF-8: what is not becomes U+FFFD.
+    pub fn tail(&self) -> String {
+        let serial = locked(self.serial.lock());
+        let (front, back) = serial.writer().bytes.as_slices();
+        String::from_utf8_lossy(&[front, back].concat()).into_owned()
+    }
+}
+
+impl BusDevice for Console {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match data {
+            // `offset` is below LENGTH.
+            [byte] => *byte = locked(self.serial.lock()).read(offset as u8),
+            _ => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        // More than one byte comes from a string instruction, all of them to the same port.
+        let mut serial = locked(self.serial.lock());
+        for &byte in data {
+            // Fails only if the interrupt cannot be signalled: its counter is full, so one is pending anyway.
+            let _ = serial.write(offset as u8, byte);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The last bytes written to it.
+#[derive(Debug)]
+struct Tail {
+    bytes: VecDeque<u8>,
+    capacity: usize,
+}
+
+impl Tail {
+    /// Allocated in full at once, so that a byte written by the guest never allocates.
+    fn new(capacity: usize) -> Self {
+        Self { bytes: VecDeque::with_capacity(capacity), capacity }
+    }
+}
+
+impl Write for Tail {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let kept = &data[data.len().saturating_sub(self.capacity)..];
+        let surplus = (self.bytes.len() + kept.len()).saturating_sub(self.capacity);
+        self.bytes.drain(..surplus);
+        self.bytes.extend(kept);
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
