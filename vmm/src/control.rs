@@ -52,7 +52,7 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
 
     let reason = loop {
         match wait(&channel, &machine).map_err(ServeError::Poll)? {
-            Wake::Exit => break machine.take_exit(),
+            Wake::Exit => break machine.exit_reason().cloned().unwrap_or(ExitReason::Stopped),
             Wake::Request => {}
         }
         let received = match channel.receive() {
@@ -87,7 +87,7 @@ enum Wake {
 /// Waits for the machine to end or a request to arrive. The end comes first.
 fn wait(channel: &Channel, machine: &Machine) -> Result<Wake, Errno> {
     let mut fds = [
-        PollFd::new(machine.exit_event(), PollFlags::IN),
+        PollFd::from_borrowed_fd(machine.exit_event(), PollFlags::IN),
         PollFd::new(channel, PollFlags::IN),
     ];
     while let Err(e) = poll(&mut fds, None) {

@@ -20,8 +20,10 @@
 pub mod arch;
 pub mod bus;
 pub mod check;
+pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod machine;
 pub mod memory;
 pub mod vcpu;
 

@@ -1,0 +1,421 @@
+//! A booted machine: memory, vCPUs, buses and slots, put together from a [`VmConfig`].
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvrun_vmm_api::config::{
+    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB, RNG_SLOT,
+    VSOCK_SLOT,
+};
+use kvrun_vmm_api::control::CONSOLE_TAIL;
+use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmState};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arch::{self, ArchError, BootSource};
+use crate::bus::BusError;
+use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
+use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
+use crate::devices::virtio::VirtioDevice;
+use crate::event_loop::{EventLoop, LoopHandle};
+use crate::memory::{self, MemoryError};
+use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
+
+/// The stack of the event loop's thread in bytes; what is not touched costs nothing.
+const LOOP_STACK: usize = 256 * 1024;
+
+/// A request that the machine refuses, or a machine that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A value of the configuration is out of its range.
+    #[error("{what} is {value}; it must be {range}")]
+    Range {
+        /// Which value.
+        what: &'static str,
+        /// What it is.
+        value: u64,
+        /// What it may be.
+        range: String,
+    },
+    /// The request came with the wrong number of descriptors.
+    #[error("the request takes {wanted} descriptors and came with {got}")]
+    Descriptors {
+        /// How many it takes.
+        wanted: usize,
+        /// How many came.
+        got: usize,
+    },
+    /// A second boot.
+    #[error("the machine has been booted already")]
+    BootedAlready,
+    /// The slot cannot be attached to or detached from.
+    #[error("slot {slot}")]
+    Slot {
+        /// Which one.
+        slot: u8,
+        /// Why not.
+        #[source]
+        source: SlotError,
+    },
+    /// A block device.
+    #[error("cannot attach the block device")]
+    Blk(#[from] BlkError),
+    /// A shared directory.
+    #[error("cannot attach the shared directory")]
+    Fs(#[from] FsError),
+    /// Guest memory.
+    #[error("cannot get guest memory")]
+    Memory(#[from] MemoryError),
+    /// The processor's part.
+    #[error(transparent)]
+    Arch(#[from] ArchError),
+    /// Two devices at one address.
+    #[error("cannot lay out the devices")]
+    Bus(#[from] BusError),
+    /// The vCPUs.
+    #[error("cannot start the vCPUs")]
+    Vcpu(#[from] VcpuError),
+    /// Something of the host.
+    #[error("cannot {what}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<MachineError> for RequestError {
+    fn from(e: MachineError) -> Self {
+        let message = whole_chain(&e);
+        match e {
+            MachineError::Range { .. } | MachineError::Descriptors { .. } | MachineError::Blk(_) | MachineError::Fs(_) => {
+                Self::Invalid(message)
+            }
+            MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
+            MachineError::BootedAlready => Self::Precondition(message),
+            MachineError::Slot { source: SlotError::Taken | SlotError::Empty, .. } => Self::Precondition(message),
+            _ => Self::Host(message),
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+fn whole_chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut source = e.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// A booted machine.
+pub struct Machine {
+    vm: Arc<VmFd>,
+    vcpus: VcpuSet,
+    exit: Arc<ExitSlot>,
+    slots: Vec<Arc<MmioSlot>>,
+    vsock: VsockHandle,
+    console: Arc<Console>,
+    marks: Arc<BootMarks>,
+    event_loop: EventLoopThread,
+}
+
+impl Machine {
+    /// Builds the machine and lets its vCPUs run. `fds`: see [`VmConfig`]. `accepted` hears of connections from the guest.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is left of the attempt.
+    pub fn boot(config: &VmConfig, fds: [OwnedFd; 3], accepted: Accepted) -> Result<Self, MachineError> {
+        check_ranges(config)?;
+        let [kvm, kernel, initramfs] = fds;
+        // SAFETY: the descriptor was handed over by the engine as that of /dev/kvm and is owned here alone. (On any other
+        // kind of file, the first ioctl is refused.)
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let (kernel, initramfs) = (File::from(kernel), File::from(initramfs));
+
+        let mem = memory::allocate(config.memory_mib)?;
+        let source = BootSource { kernel: &kernel, initramfs: &initramfs, cmdline: &cmdline(config) };
+        let arch::Built { vm, vcpus } = arch::build(&kvm, &mem, &source, config.vcpus)?;
+
+        let event_loop = EventLoopThread::spawn()?;
+        let exit = Arc::new(ExitSlot::new().map_err(host("make the exit event"))?);
+        let mut buses = Buses::default();
+        let console = Arc::new(Console::new(interrupt_line(&vm, console::GSI)?, CONSOLE_TAIL));
+        let marks = Arc::new(BootMarks::new());
+        let keyboard = Arc::new(KeyboardController::new(exit.clone()));
+        buses.ports.insert(console::BASE, console::LENGTH, console.clone())?;
+        buses.ports.insert(boot_marks::BASE, 1, marks.clone())?;
+        buses.ports.insert(keyboard::BASE, keyboard::LENGTH, keyboard)?;
+
+        let mut slots = Vec::with_capacity(config.slots.into());
+        for index in 0..config.slots {
+            let slot = Arc::new(MmioSlot::new(mem.clone(), interrupt_line(&vm, slot_gsi(index))?));
+            buses.mmio.insert(slot_address(index), SLOT_SIZE, slot.clone())?;
+            slots.push(slot);
+        }
+        let vsock = Vsock::new(event_loop.handle.clone(), GUEST_CID, config.vsock_listen.clone(), accepted)
+            .map_err(host("make the vsock device"))?;
+
+        let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
+        let machine = Self { vm, vcpus, exit, slots, vsock: vsock.handle(), console, marks, event_loop };
+        machine.fill(VSOCK_SLOT, Box::new(vsock))?;
+        machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
+        machine.vcpus.resume();
+        Ok(machine)
+    }
+
+    /// Puts a device into an empty slot; `fd`: see [`DeviceConfig`].
+    ///
+    /// # Errors
+    /// [`MachineError`]; the slot is as it was.
+    pub fn attach(&self, slot: u8, device: DeviceConfig, fd: OwnedFd) -> Result<(), MachineError> {
+        self.free_slot(slot)?;
+        let device: Box<dyn VirtioDevice> = match device {
+            DeviceConfig::Fs { tag, read_only } => {
+                in_range("length of the tag", tag.len() as u64, 1..=MAX_FS_TAG as u64)?;
+                Box::new(Fs::new(fd, &tag, read_only)?)
+            }
+            DeviceConfig::Blk { read_only, serial } => {
+                in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;
+                Box::new(Blk::open(fd, read_only, &serial)?)
+            }
+        };
+        self.fill(slot, device)
+    }
+
+    /// Takes the device out of a slot.
+    ///
+    /// # Errors
+    /// [`MachineError::Slot`] if it is empty, [`MachineError::Range`] if there is no such slot or it is not to be emptied.
+    pub fn detach(&self, slot: u8) -> Result<(), MachineError> {
+        let kicks = self.free_slot(slot)?.empty().map_err(|source| MachineError::Slot { slot, source })?;
+        for (queue, kick) in kicks.iter().enumerate() {
+            self.vm
+                .unregister_ioevent(kick, &notify_address(slot), queue as u32)
+                .map_err(|e| host("deregister a queue from KVM")(e.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Holds all vCPUs.
+    pub fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    /// Lets them run.
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Reaches vsock ports in the guest.
+    pub fn vsock(&self) -> &VsockHandle {
+        &self.vsock
+    }
+
+    /// What the machine is doing.
+    pub fn state(&self) -> VmState {
+        VmState {
+            paused: self.vcpus.is_paused(),
+            slots: self.slots.iter().map(|slot| slot.device_name().map(str::to_owned)).collect(),
+            first_entry_ns: self.vcpus.first_entry_ns(),
+            boot_marks: self.marks.marks(),
+            exits: self.vcpus.exits(),
+        }
+    }
+
+    /// Readable once the machine has ended of itself; [`Machine::exit_reason`] then tells why.
+    pub fn exit_event(&self) -> BorrowedFd<'_> {
+        self.exit.as_fd()
+    }
+
+    /// Why the machine has ended of itself, if it has.
+    pub fn exit_reason(&self) -> Option<&ExitReason> {
+        self.exit.reason()
+    }
+
+    /// Takes all vCPUs out of the guest for good and brings every device to rest. Idempotent.
+    pub fn stop(&mut self) {
+        self.vcpus.stop();
+        for slot in &self.slots {
+            // An empty slot is at rest.
+            let _ = slot.empty();
+        }
+        self.event_loop.stop();
+    }
+
+    /// The end of what the guest wrote to its console.
+    pub fn console_tail(&self) -> String {
+        self.console.tail()
+    }
+
+    fn free_slot(&self, slot: u8) -> Result<&MmioSlot, MachineError> {
+        in_range("slot", slot.into(), FIRST_FREE_SLOT.into()..=self.slots.len() as u64 - 1)?;
+        Ok(&self.slots[usize::from(slot)])
+    }
+
+    fn fill(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let kicks = self.slots[usize::from(slot)]
+            .fill(device)
+            .map_err(|source| MachineError::Slot { slot, source })?;
+        for (queue, kick) in kicks.iter().enumerate() {
+            self.vm
+                .register_ioevent(kick, &notify_address(slot), queue as u32)
+                .map_err(|e| host("register a queue with KVM")(e.into()))?;
+        }
+        Ok(())
+    }
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::Host { what, source }
+}
+
+fn in_range(
+    what: &'static str,
+    value: u64,
+    range: std::ops::RangeInclusive<u64>,
+) -> Result<(), MachineError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(MachineError::Range { what, value, range: format!("{} to {}", range.start(), range.end()) })
+}
+
+fn check_ranges(config: &VmConfig) -> Result<(), MachineError> {
+    in_range("memory in MiB", config.memory_mib.into(), MIN_MEMORY_MIB.into()..=MAX_MEMORY_MIB.into())?;
+    in_range("number of vCPUs", config.vcpus.max.into(), 1..=MAX_VCPUS.into())?;
+    in_range("number of vCPUs at boot", config.vcpus.boot.into(), 1..=config.vcpus.max.into())?;
+    in_range("number of slots", config.slots.into(), FIRST_FREE_SLOT.into()..=MAX_SLOTS.into())
+}
+
+/// The kernel command line: the engine's, then what only the VMM knows.
+fn cmdline(config: &VmConfig) -> String {
+    let mut line = config.cmdline.clone();
+    if let Some(vcpus) = arch::cmdline_for_vcpus(config.vcpus) {
+        line.push(' ');
+        line.push_str(&vcpus);
+    }
+    for slot in 0..config.slots {
+        // Linux 6.12 Documentation/admin-guide/kernel-parameters.txt: virtio_mmio.device=<size>@<baseaddr>:<irq>[:<id>].
+        let declared = format!(" virtio_mmio.device=4K@{:#x}:{}:{slot}", slot_address(slot), slot_gsi(slot));
+        line.push_str(&declared);
+    }
+    line
+}
+
+/// Where the registers of a slot are. [`MAX_SLOTS`] pages fit below [`arch::MMIO_END`] by far.
+fn slot_address(slot: u8) -> u64 {
+    arch::MMIO_BASE + u64::from(slot) * SLOT_SIZE
+}
+
+/// The interrupt line of a slot. When there are more slots than lines, they share: the driver asks for that (`IRQF_SHARED`).
+fn slot_gsi(slot: u8) -> u32 {
+    arch::FIRST_GSI + u32::from(slot) % (arch::GSIS - arch::FIRST_GSI)
+}
+
+fn notify_address(slot: u8) -> IoEventAddress {
+    IoEventAddress::Mmio(slot_address(slot) + QUEUE_NOTIFY_OFFSET)
+}
+
+/// An interrupt line of the guest, raised when the descriptor is written.
+fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, MachineError> {
+    let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("make an interrupt line"))?;
+    vm.register_irqfd(&line, gsi).map_err(|e| host("register an interrupt line with KVM")(e.into()))?;
+    Ok(line)
+}
+
+/// The event loop on its thread; ends when dropped.
+struct EventLoopThread {
+    handle: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventLoopThread {
+    fn spawn() -> Result<Self, MachineError> {
+        let (event_loop, handle) = EventLoop::new().map_err(host("make the event loop"))?;
+        let thread = thread::Builder::new()
+            .name("events".to_owned())
+            .stack_size(LOOP_STACK)
+            .spawn(move || {
+                if let Err(e) = event_loop.run() {
+                    log::error!("the event loop failed: {e}");
+                }
+            })
+            .map_err(host("start the event loop's thread"))?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+
+    fn stop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.handle.quit();
+            // An error would be a panic of the thread, and this program aborts on panic.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for EventLoopThread {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvrun_vmm_api::VcpuConfig;
+
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            memory_mib: 128,
+            vcpus: VcpuConfig { boot: 1, max: 2 },
+            cmdline: "quiet".to_owned(),
+            slots: 3,
+            vsock_listen: vec![],
+        }
+    }
+
+    #[test]
+    fn cmdline_declares_every_slot() {
+        let line = cmdline(&config());
+        assert_eq!(line.matches("virtio_mmio.device=").count(), 3);
+        let base = arch::MMIO_BASE;
+        assert!(line.starts_with("quiet maxcpus=1 virtio_mmio.device=4K@"), "{line}");
+        assert!(line.contains(&format!("4K@{:#x}:{}:2", base + 0x2000, arch::FIRST_GSI + 2)), "{line}");
+    }
+
+    #[test]
+    fn slots_beyond_the_interrupt_lines_share_them() {
+        let lines: Vec<_> = (0..MAX_SLOTS).map(slot_gsi).collect();
+        assert_eq!(lines[0], lines[(arch::GSIS - arch::FIRST_GSI) as usize]);
+        assert!(lines.iter().all(|gsi| (arch::FIRST_GSI..arch::GSIS).contains(gsi)));
+        assert!(slot_address(MAX_SLOTS) <= arch::MMIO_END);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_name() {
+        let bad = [
+            (VmConfig { memory_mib: 1, ..config() }, "memory in MiB is 1; it must be 48 to"),
+            (VmConfig { vcpus: VcpuConfig { boot: 1, max: 0 }, ..config() }, "number of vCPUs is 0"),
+            (VmConfig { vcpus: VcpuConfig { boot: 3, max: 2 }, ..config() }, "number of vCPUs at boot is 3"),
+            (VmConfig { slots: 1, ..config() }, "number of slots is 1; it must be 2 to 64"),
+        ];
+        for (config, message) in bad {
+            let error = check_ranges(&config).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+        check_ranges(&config()).unwrap();
+    }
+}
