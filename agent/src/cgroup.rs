@@ -1,0 +1,141 @@
+//! The cgroup of a container: where it is, who is in it, how it ends. libcontainer makes it and sets its limits; the agent
+//! kills and removes it. cgroup v2 only (Linux 6.12 `Documentation/admin-guide/cgroup-v2.rst`).
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::process::{Pid, Signal};
+
+/// Where the hierarchy is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
+/// The agent's own leaf: a cgroup that hands controllers on may hold no process itself ("no internal process constraint").
+pub const AGENT_LEAF: &str = ".kvrun-agent";
+
+/// Why a `linux.cgroupsPath` is refused.
+#[derive(Debug, thiserror::Error)]
+#[error("linux.cgroupsPath {0:?} must name a cgroup below the root, without '..', outside of {AGENT_LEAF}")]
+pub struct CgroupPathError(PathBuf);
+
+/// A container's cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroup {
+    /// Relative to [`ROOT`].
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// The cgroup for `linux.cgroupsPath`, which is taken below the guest's root whether it starts with '/' or not;
+    /// without it, `kvrun/ID`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupPathError`].
+    pub fn from_spec(cgroups_path: Option<&Path>, id: &str) -> Result<Self, CgroupPathError> {
+        let Some(given) = cgroups_path.filter(|path| !path.as_os_str().is_empty()) else {
+            return Ok(Self { path: Path::new("kvrun").join(id) });
+        };
+        let mut path = PathBuf::new();
+        for component in given.components() {
+            match component {
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(name) => path.push(name),
+                Component::ParentDir | Component::Prefix(_) => return Err(CgroupPathError(given.to_owned())),
+            }
+        }
+        if path.as_os_str().is_empty() || path.starts_with(AGENT_LEAF) {
+            return Err(CgroupPathError(given.to_owned()));
+        }
+        Ok(Self { path })
+    }
+
+    /// What to write into the config: an absolute path, for which libcontainer takes the cgroupfs driver in every case.
+    #[must_use]
+    pub fn in_spec(&self) -> PathBuf {
+        Path::new("/").join(&self.path)
+    }
+
+    /// Whether one is the other, or below it: then killing one would kill the other.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.path.starts_with(&other.path) || other.path.starts_with(&self.path)
+    }
+
+    /// Kills every process in it and below. Nothing to kill is no error.
+    ///
+    /// # Errors
+    ///
+    /// The write of `cgroup.kill`.
+    pub fn kill(&self) -> io::Result<()> {
+        match fs::write(self.dir().join("cgroup.kill"), "1") {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Sends a signal to every process in it and below. A process that ends or starts meanwhile may or may not get it.
+    ///
+    /// # Errors
+    ///
+    /// `cgroup.procs` cannot be read.
+    pub fn signal(&self, signal: u32) -> io::Result<()> {
+        if signal == Signal::KILL.as_raw() as u32 {
+            return self.kill();
+        }
+        signal_tree(&self.dir(), signal as i32)
+    }
+
+    /// Whether the OOM killer has killed any of its processes.
+    #[must_use]
+    pub fn oom_killed(&self) -> bool {
+        let events = fs::read_to_string(self.dir().join("memory.events")).unwrap_or_default();
+        events
+            .lines()
+            .filter_map(|line| line.strip_prefix("oom_kill "))
+            .any(|count| count.trim().parse::<u64>().is_ok_and(|count| count > 0))
+    }
+
+    /// Removes it and what its processes made below it. `EBUSY`: there are processes left.
+    ///
+    /// # Errors
+    ///
+    /// rmdir(2).
+    pub fn remove(&self) -> io::Result<()> {
+        remove_tree(&self.dir())
+    }
+
+    fn dir(&self) -> PathBuf {
+        Path::new(ROOT).join(&self.path)
+    }
+}
+
+fn children(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+}
+
+fn signal_tree(dir: &Path, signal: i32) -> io::Result<()> {
+    let procs = match fs::read_to_string(dir.join("cgroup.procs")) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for pid in procs.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        // SAFETY: kill(2) takes integers only. rustix has no call for signal numbers without a name.
+        unsafe { libc::kill(pid.as_raw_nonzero().get(), signal) };
+    }
+    children(dir).try_for_each(|child| signal_tree(&child, signal))
+}
+
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    for child in children(dir) {
+        remove_tree(&child)?;
+    }
+    match fs::remove_dir(dir) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,186 @@
+//! File systems of attached devices.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use kvrun_agent_api::agent::mount_request::Kind;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags};
+
+use crate::path::{PathError, RunPath, of_fd};
+
+/// Why a mount or an unmount failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The mount point.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// The request names no kind this agent knows.
+    #[error("mount of {0:?}: the kind of file system is not given or not known")]
+    Kind(String),
+    /// The source does not fit the kind.
+    #[error("mount source {0:?} is not {1}")]
+    Source(String, &'static str),
+    /// Another mount of this agent is there.
+    #[error("{0} is a mount point already")]
+    Taken(RunPath),
+    /// Nothing was mounted there by this agent.
+    #[error("{0} is not a mount point")]
+    NotMounted(RunPath),
+    /// mount(2).
+    #[error("cannot mount {source_name:?} ({fs_type}) on {mount_point}")]
+    Mount {
+        /// Tag or device.
+        source_name: String,
+        /// The file system's type.
+        fs_type: &'static str,
+        /// Where.
+        mount_point: RunPath,
+        /// Why.
+        #[source]
+        errno: Errno,
+    },
+    /// umount(2).
+    #[error("cannot unmount {mount_point}")]
+    Unmount {
+        /// Where.
+        mount_point: RunPath,
+        /// Why.
+        #[source]
+        errno: Errno,
+    },
+}
+
+/// A checked request.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    fs_type: &'static str,
+    source: String,
+    mount_point: RunPath,
+    flags: MsFlags,
+}
+
+impl Mount {
+    /// Checks the parts of a request.
+    ///
+    /// # Errors
+    ///
+    /// [`MountError::Kind`], [`MountError::Source`], [`MountError::Path`].
+    pub fn parse(kind: Option<Kind>, source: &str, mount_point: &str, read_only: bool) -> Result<Self, MountError> {
+        let bad_source = |what| MountError::Source(source.chars().take(64).collect(), what);
+        let block_device = || {
+            let name = source.strip_prefix("/dev/").unwrap_or_default();
+            if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric()) {
+                return Err(bad_source("/dev/NAME of a block device"));
+            }
+            Ok(())
+        };
+        let fs_type = match kind {
+            Some(Kind::VIRTIOFS) => {
+                // virtio 1.3 section 5.11.4: the tag is up to 36 bytes.
+                if source.is_empty() || source.len() > 36 || source.contains('\0') {
+                    return Err(bad_source("a virtio-fs tag of 1 to 36 bytes"));
+                }
+                "virtiofs"
+            }
+            Some(Kind::EXT4) => {
+                block_device()?;
+                "ext4"
+            }
+            Some(Kind::EROFS) => {
+                block_device()?;
+                "erofs"
+            }
+            Some(Kind::KIND_UNSPECIFIED) | None => return Err(MountError::Kind(source.chars().take(64).collect())),
+        };
+        let read_only = read_only || fs_type == "erofs";
+        let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        Ok(Self { fs_type, source: source.to_owned(), mount_point: RunPath::parse(mount_point)?, flags })
+    }
+}
+
+/// What is mounted, in order.
+#[derive(Debug, Default)]
+pub struct Mounts {
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    mounted: HashMap<RunPath, u64>,
+}
+
+impl Mounts {
+    /// Mounts. May block for as long as the device does.
+    ///
+    /// # Errors
+    ///
+    /// [`MountError::Taken`], [`MountError::Mount`], [`MountError::Path`].
+    pub fn mount(&self, mount: &Mount) -> Result<(), MountError> {
+        {
+            let mut table = self.table();
+            if table.mounted.contains_key(&mount.mount_point) {
+                return Err(MountError::Taken(mount.mount_point.clone()));
+            }
+            table.next += 1;
+            let order = table.next;
+            table.mounted.insert(mount.mount_point.clone(), order);
+        }
+        let result = mount.mount_point.open_or_create().map_err(MountError::from).and_then(|target| {
+            let (source, fs_type) = (Some(mount.source.as_str()), Some(mount.fs_type));
+            nix::mount::mount(source, &of_fd(&target), fs_type, mount.flags, None::<&str>).map_err(|errno| {
+                MountError::Mount {
+                    source_name: mount.source.clone(),
+                    fs_type: mount.fs_type,
+                    mount_point: mount.mount_point.clone(),
+                    errno,
+                }
+            })
+        });
+        if result.is_err() {
+            self.table().mounted.remove(&mount.mount_point);
+        }
+        result
+    }
+
+    /// Unmounts, and removes the mount point where that is an empty directory.
+    ///
+    /// # Errors
+    ///
+    /// [`MountError::NotMounted`], [`MountError::Unmount`] (`EBUSY`: in use), [`MountError::Path`].
+    pub fn unmount(&self, mount_point: &RunPath) -> Result<(), MountError> {
+        if !self.table().mounted.contains_key(mount_point) {
+            return Err(MountError::NotMounted(mount_point.clone()));
+        }
+        self.unmount_with(mount_point, MntFlags::empty())?;
+        self.table().mounted.remove(mount_point);
+        Ok(())
+    }
+
+    /// Unmounts everything, last first; what is still in use is made read-only by the power going away after a sync.
+    pub fn unmount_all(&self) {
+        let mut mounted: Vec<_> = std::mem::take(&mut self.table().mounted).into_iter().collect();
+        mounted.sort_by_key(|(_, order)| std::cmp::Reverse(*order));
+        for (mount_point, _) in mounted {
+            if let Err(err) = self.unmount_with(&mount_point, MntFlags::empty()) {
+                log::warn!("{err}");
+            }
+        }
+    }
+
+    fn unmount_with(&self, mount_point: &RunPath, flags: MntFlags) -> Result<(), MountError> {
+        let Some((parent, name)) = mount_point.open_parent()? else {
+            return Err(MountError::NotMounted(mount_point.clone()));
+        };
+        nix::mount::umount2(&of_fd(&parent).join(name), flags | MntFlags::UMOUNT_NOFOLLOW)
+            .map_err(|errno| MountError::Unmount { mount_point: mount_point.clone(), errno })?;
+        // A directory that somebody has filled meanwhile stays.
+        let _ = rustix::fs::unlinkat(&parent, name, rustix::fs::AtFlags::REMOVEDIR);
+        Ok(())
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

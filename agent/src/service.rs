@@ -1,0 +1,421 @@
+//! The RPCs of `agent.proto`. A request is checked here, once; errors get their gRPC code here.
+//!
+//! What changes something runs in a task of its own: ttrpc drops a handler when its connection closes or its deadline passes,
+//! and half a creation helps nobody. What may block on a file system runs on the blocking pool.
+
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::{join_all, try_join3};
+use futures::stream;
+use kvrun_agent_api::agent::{
+    BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
+    GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
+    Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
+};
+use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
+use tokio::time::timeout;
+use ttrpc::r#async::transport;
+use ttrpc::r#async::{Server, TtrpcContext};
+use ttrpc::{Code, get_status};
+
+use crate::container::spec::SpecError;
+use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
+use crate::descriptor::{Descriptor, Listener};
+use crate::mounts::{Mount, MountError, Mounts};
+use crate::oci::create::OciError;
+use crate::oci::error_chain;
+use crate::path::RunPath;
+use crate::power::{Connection, Power};
+use crate::reaper::{End, Reaper};
+use crate::slots::{SlotError, Slots};
+use crate::stdio::EngineStreams;
+use crate::streams::{StreamBroker, StreamError};
+
+/// How long unmounting and syncing may hold `Shutdown` up.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(20);
+/// Highest signal number on Linux.
+const SIGNAL_MAX: u32 = 64;
+
+/// The service.
+#[derive(Clone)]
+pub struct AgentService(Arc<Parts>);
+
+struct Parts {
+    engine: Engine,
+    containers: Containers,
+    streams: StreamBroker,
+    mounts: Mounts,
+    slots: Slots,
+    power: Arc<Power>,
+}
+
+impl AgentService {
+    /// The service, with `helper` as the program that runs libcontainer.
+    #[must_use]
+    pub fn new(helper: PathBuf, reaper: Arc<Reaper>) -> Self {
+        Self(Arc::new(Parts {
+            engine: Engine { helper, reaper },
+            containers: Containers::default(),
+            streams: StreamBroker::default(),
+            mounts: Mounts::default(),
+            slots: Slots::default(),
+            power: Arc::default(),
+        }))
+    }
+
+    /// Answers on these listeners, in tasks of the current runtime.
+    ///
+    /// # Errors
+    ///
+    /// None but those of ttrpc without a listener.
+    pub async fn serve(&self, rpc: Listener, streams: Listener) -> ttrpc::Result<Server> {
+        tokio::spawn(self.0.streams.clone().serve(streams));
+        let power = self.0.power.clone();
+        let connections = stream::unfold(rpc, move |listener| {
+            let power = power.clone();
+            async move {
+                let accepted = listener.accept().await;
+                if accepted.is_err() {
+                    // Out of descriptors or memory: both pass, and ttrpc asks again at once.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Some((accepted.map(|stream| Connection::new(stream, power)), listener))
+            }
+        });
+        let mut server = Server::new()
+            .add_listener(transport::Listener::new(connections))
+            .register_service(create_agent(Arc::new(self.clone())));
+        server.start().await?;
+        Ok(server)
+    }
+
+    /// Completes when `Shutdown` has been answered.
+    pub async fn power_off(&self) {
+        self.0.power.off().await;
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Failure> {
+        let parts = &self.0;
+        let id = container_id(&request.container_id)?;
+        let spec = ContainerSpec::parse(&request.spec_json, &id)?;
+        let stdio = request.stdio.unwrap_or_default();
+        check_tokens(&stdio, spec.terminal)?;
+        let container = parts.containers.reserve(&id, &spec.cgroup)?;
+        let created = async {
+            let (stdin, stdout, stderr) = try_join3(
+                self.claim(stdio.stdin_token),
+                self.claim(stdio.stdout_token),
+                self.claim(stdio.stderr_token),
+            )
+            .await?;
+            let streams = EngineStreams { stdin, stdout, stderr };
+            Ok(container.create(&parts.engine, spec, streams).await?)
+        };
+        let created: Result<i32, Failure> = created.await;
+        if created.is_err() {
+            parts.containers.forget(&container);
+        }
+        let mut response = CreateContainerResponse::new();
+        response.pid = created? as u32;
+        Ok(response)
+    }
+
+    async fn claim(&self, token: u64) -> Result<Option<Descriptor>, StreamError> {
+        match token {
+            0 => Ok(None),
+            token => self.0.streams.claim(token).await.map(Some),
+        }
+    }
+
+    async fn remove(&self, id: &ContainerId) -> Result<(), Failure> {
+        let parts = &self.0;
+        let container = match parts.containers.get(id) {
+            Err(ContainerError::Unknown(_)) => return Ok(()),
+            other => other?,
+        };
+        container.remove(&parts.engine.reaper).await?;
+        parts.containers.forget(&container);
+        Ok(())
+    }
+
+    async fn go_down(&self) {
+        let parts = self.0.clone();
+        let containers = parts.containers.all();
+        for result in join_all(containers.iter().map(|container| container.remove(&parts.engine.reaper))).await {
+            if let Err(err) = result {
+                log::warn!("{}", error_chain(&err));
+            }
+        }
+        let sync = tokio::task::spawn_blocking(move || {
+            parts.mounts.unmount_all();
+            rustix::fs::sync();
+        });
+        if timeout(SYNC_TIMEOUT, sync).await.is_err() {
+            log::error!("file systems were not synced within {SYNC_TIMEOUT:?}");
+        }
+        self.0.power.request_off();
+    }
+}
+
+#[async_trait]
+impl Agent for AgentService {
+    async fn get_info(&self, _: &TtrpcContext, _: GetInfoRequest) -> ttrpc::Result<GetInfoResponse> {
+        let memory = meminfo().map_err(Failure::internal)?;
+        let mut response = GetInfoResponse::new();
+        env!("CARGO_PKG_VERSION").clone_into(&mut response.agent_version);
+        response.kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
+        response.memory_total_kib = memory.total_kib;
+        response.memory_available_kib = memory.available_kib;
+        let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
+        response.cpus = cpus.and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(1);
+        Ok(response)
+    }
+
+    async fn bind_slot(&self, _: &TtrpcContext, request: BindSlotRequest) -> ttrpc::Result<BindSlotResponse> {
+        let slots = self.0.slots.clone();
+        let mut response = BindSlotResponse::new();
+        response.block_device = blocking(move || Ok(slots.bind(request.slot)?)).await?;
+        Ok(response)
+    }
+
+    async fn unbind_slot(&self, _: &TtrpcContext, request: UnbindSlotRequest) -> ttrpc::Result<Empty> {
+        let slots = self.0.slots.clone();
+        blocking(move || Ok(slots.unbind(request.slot)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn mount(&self, _: &TtrpcContext, request: MountRequest) -> ttrpc::Result<Empty> {
+        let kind = request.kind.enum_value().ok();
+        let mount = Mount::parse(kind, &request.source, &request.mount_point, request.read_only)
+            .map_err(Failure::from)?;
+        let parts = self.0.clone();
+        blocking(move || Ok(parts.mounts.mount(&mount)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn unmount(&self, _: &TtrpcContext, request: UnmountRequest) -> ttrpc::Result<Empty> {
+        let mount_point = RunPath::parse(&request.mount_point).map_err(MountError::from).map_err(Failure::from)?;
+        let parts = self.0.clone();
+        blocking(move || Ok(parts.mounts.unmount(&mount_point)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let service = self.clone();
+        Ok(detached(async move { service.create(request).await }).await?)
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        detached(async move { Ok(container.start().await?) }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitProcessResponse> {
+        let id = container_id(&request.container_id)?;
+        no_exec(&request.exec_id)?;
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let process = container.process().map_err(Failure::from)?.clone();
+        // The container may be removed meanwhile.
+        drop(container);
+        let exit = process.exit().await.ok_or_else(|| Failure::internal("the agent is going down"))?;
+        let mut response = WaitProcessResponse::new();
+        match exit.end {
+            End::Exited(code) => response.set_exit_code(code.into()),
+            End::Signaled(signal) => response.set_signal(signal.into()),
+        }
+        response.oom_killed = exit.oom_killed;
+        Ok(response)
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        no_exec(&request.exec_id)?;
+        if request.signal > SIGNAL_MAX {
+            return Err(Failure::invalid(format!("{} is not the number of a signal", request.signal)).into());
+        }
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        container.signal(request.signal, request.all).map_err(Failure::from)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        no_exec(&request.exec_id)?;
+        let (Ok(rows), Ok(columns)) = (u16::try_from(request.rows), u16::try_from(request.columns)) else {
+            let text = format!("a terminal cannot have {} rows and {} columns", request.rows, request.columns);
+            return Err(Failure::invalid(text).into());
+        };
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        container.resize(rows, columns).map_err(Failure::from)?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        let service = self.clone();
+        detached(async move { service.remove(&id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        let service = self.clone();
+        detached(async move {
+            service.go_down().await;
+            Ok(())
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+}
+
+/// Runs to its end even if nobody waits for it any more.
+async fn detached<T: Send + 'static>(
+    future: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::spawn(future).await.unwrap_or_else(|err| Err(Failure::internal(err)))
+}
+
+/// Runs where a file system or a driver may keep it waiting.
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(call).await.unwrap_or_else(|err| Err(Failure::internal(err)))
+}
+
+fn container_id(text: &str) -> Result<ContainerId, Failure> {
+    ContainerId::parse(text).map_err(|err| Failure::new(Code::INVALID_ARGUMENT, error_chain(&err)))
+}
+
+fn no_exec(exec_id: &str) -> Result<(), Failure> {
+    if exec_id.is_empty() {
+        return Ok(());
+    }
+    let exec_id: String = exec_id.chars().take(200).collect();
+    Err(Failure::new(Code::NOT_FOUND, format!("exec {exec_id:?} does not exist")))
+}
+
+fn check_tokens(stdio: &Stdio, terminal: bool) -> Result<(), Failure> {
+    if terminal && stdio.stderr_token != 0 {
+        return Err(Failure::invalid("a terminal has no stream for standard error"));
+    }
+    let mut tokens: Vec<u64> = [stdio.stdin_token, stdio.stdout_token, stdio.stderr_token].into();
+    tokens.retain(|token| *token != 0);
+    tokens.sort_unstable();
+    if tokens.windows(2).any(|pair| pair[0] == pair[1]) {
+        return Err(Failure::invalid("the tokens of a container's streams must differ"));
+    }
+    Ok(())
+}
+
+struct MemInfo {
+    total_kib: u64,
+    available_kib: u64,
+}
+
+fn meminfo() -> io::Result<MemInfo> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/meminfo has no {name}")))
+    };
+    Ok(MemInfo { total_kib: field("MemTotal:")?, available_kib: field("MemAvailable:")? })
+}
+
+/// A refused request: the code and the line for the user.
+#[derive(Debug)]
+struct Failure {
+    code: Code,
+    text: String,
+}
+
+impl Failure {
+    fn new(code: Code, text: impl ToString) -> Self {
+        Self { code, text: text.to_string() }
+    }
+
+    fn invalid(text: impl ToString) -> Self {
+        Self::new(Code::INVALID_ARGUMENT, text)
+    }
+
+    fn internal(text: impl ToString) -> Self {
+        Self::new(Code::INTERNAL, text)
+    }
+}
+
+impl From<Failure> for ttrpc::Error {
+    fn from(failure: Failure) -> Self {
+        Self::RpcStatus(get_status(failure.code, failure.text))
+    }
+}
+
+impl From<ContainerError> for Failure {
+    fn from(err: ContainerError) -> Self {
+        let code = match &err {
+            ContainerError::Exists(_) => Code::ALREADY_EXISTS,
+            ContainerError::Unknown(_) | ContainerError::Oci(OciError::NotFound(_)) => Code::NOT_FOUND,
+            ContainerError::Oci(OciError::NotExecutable(_)) => Code::PERMISSION_DENIED,
+            ContainerError::CgroupTaken(..)
+            | ContainerError::Removed(_)
+            | ContainerError::State { .. }
+            | ContainerError::NoTerminal(_) => Code::FAILED_PRECONDITION,
+            ContainerError::CreateTimeout(_)
+            | ContainerError::KillTimeout(_)
+            | ContainerError::Oci(_)
+            | ContainerError::System { .. } => Code::INTERNAL,
+        };
+        Self::new(code, error_chain(&err))
+    }
+}
+
+impl From<SpecError> for Failure {
+    fn from(err: SpecError) -> Self {
+        Self::invalid(error_chain(&err))
+    }
+}
+
+impl From<StreamError> for Failure {
+    fn from(err: StreamError) -> Self {
+        Self::new(Code::FAILED_PRECONDITION, error_chain(&err))
+    }
+}
+
+impl From<SlotError> for Failure {
+    fn from(err: SlotError) -> Self {
+        let code = match &err {
+            SlotError::Unknown(_) => Code::NOT_FOUND,
+            SlotError::Bind { .. } | SlotError::NoDriver(_) => Code::FAILED_PRECONDITION,
+            SlotError::Unbind { .. } => Code::INTERNAL,
+        };
+        Self::new(code, error_chain(&err))
+    }
+}
+
+impl From<MountError> for Failure {
+    fn from(err: MountError) -> Self {
+        use crate::path::PathError;
+        let code = match &err {
+            MountError::Path(PathError::Outside(_) | PathError::Reserved(_))
+            | MountError::Kind(_)
+            | MountError::Source(..) => Code::INVALID_ARGUMENT,
+            MountError::Taken(_) => Code::ALREADY_EXISTS,
+            MountError::NotMounted(_) => Code::NOT_FOUND,
+            MountError::Unmount { errno: nix::errno::Errno::EBUSY, .. } => Code::FAILED_PRECONDITION,
+            MountError::Path(PathError::Open { .. }) | MountError::Mount { .. } | MountError::Unmount { .. } => {
+                Code::INTERNAL
+            }
+        };
+        Self::new(code, error_chain(&err))
+    }
+}

@@ -1,0 +1,115 @@
+//! virtio-mmio slots: binding and unbinding their driver by hand (Linux 6.12 `drivers/virtio/virtio_mmio.c`: the driver keeps
+//! its `bind` and `unbind` files, and a slot that is empty at boot is skipped).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The most slots a machine can have, far above what any VMM declares.
+const MAX_SLOTS: u32 = 256;
+
+/// Why a slot could not be bound or unbound.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// The machine has no such slot.
+    #[error("slot {0} does not exist on this machine")]
+    Unknown(u32),
+    /// The kernel refuses: the slot is empty (`ENODEV`), or its device does not work.
+    #[error("cannot bind the virtio driver to slot {slot}; is the slot filled?")]
+    Bind {
+        /// The slot.
+        slot: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is a virtio device, and no driver took it.
+    #[error("no driver of this kernel took the virtio device in slot {0}")]
+    NoDriver(u32),
+    /// The kernel refuses.
+    #[error("cannot unbind the virtio driver from slot {slot}")]
+    Unbind {
+        /// The slot.
+        slot: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The slots, through sysfs.
+#[derive(Clone, Debug)]
+pub struct Slots {
+    sysfs: PathBuf,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self { sysfs: "/sys".into() }
+    }
+}
+
+impl Slots {
+    /// Binds the driver, if it is not bound, and gives the name of the block device in the slot, empty where there is none.
+    /// The kernel probes in the write itself, so the device is there afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError`].
+    pub fn bind(&self, slot: u32) -> Result<String, SlotError> {
+        let device = self.device(slot)?;
+        if !device.join("driver").exists() {
+            let result = fs::write(self.driver().join("bind"), name(slot));
+            // A second request for the same slot may have been quicker.
+            if let Err(source) = result
+                && !device.join("driver").exists()
+            {
+                return Err(SlotError::Bind { slot, source });
+            }
+        }
+        let virtio = virtio_device(&device).ok_or(SlotError::NoDriver(slot))?;
+        if !virtio.join("driver").exists() {
+            return Err(SlotError::NoDriver(slot));
+        }
+        Ok(first_entry(&virtio.join("block"), |_| true).unwrap_or_default())
+    }
+
+    /// Unbinds the driver, if it is bound.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::Unknown`], [`SlotError::Unbind`].
+    pub fn unbind(&self, slot: u32) -> Result<(), SlotError> {
+        let device = self.device(slot)?;
+        if !device.join("driver").exists() {
+            return Ok(());
+        }
+        fs::write(self.driver().join("unbind"), name(slot)).map_err(|source| SlotError::Unbind { slot, source })
+    }
+
+    fn device(&self, slot: u32) -> Result<PathBuf, SlotError> {
+        let device = self.sysfs.join("bus/platform/devices").join(name(slot));
+        if slot >= MAX_SLOTS || !device.exists() {
+            return Err(SlotError::Unknown(slot));
+        }
+        Ok(device)
+    }
+
+    fn driver(&self) -> PathBuf {
+        self.sysfs.join("bus/platform/drivers/virtio-mmio")
+    }
+}
+
+fn name(slot: u32) -> String {
+    format!("virtio-mmio.{slot}")
+}
+
+/// The virtio device of a bound slot: its only child named `virtioN`.
+fn virtio_device(device: &Path) -> Option<PathBuf> {
+    let is_virtio = |name: &str| name.strip_prefix("virtio").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+    first_entry(device, is_virtio).map(|name| device.join(name))
+}
+
+fn first_entry(dir: &Path, matches: impl Fn(&str) -> bool) -> Option<String> {
+    fs::read_dir(dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).find(|name| matches(name))
+}

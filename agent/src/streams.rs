@@ -1,0 +1,160 @@
+//! The broker between stdio streams that arrive over vsock and the containers that ask for them by token.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kvrun_agent_api::{STREAM_TIMEOUT_SECS, TOKEN_LEN};
+use tokio::io::AsyncReadExt;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::{Instant, timeout};
+
+use crate::descriptor::{Descriptor, Listener};
+
+/// How many connected streams may wait to be asked for, and how many may be in the middle of their token.
+const MAX_UNCLAIMED: usize = 64;
+/// How long a stream may wait to be asked for, and how long it may take to send its token.
+const PATIENCE: Duration = Duration::from_secs(STREAM_TIMEOUT_SECS);
+
+/// Why a stream could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// No connection brought the token in time.
+    #[error("no stream with token {0:#018x} was connected within {STREAM_TIMEOUT_SECS} s")]
+    Timeout(u64),
+    /// Another request waits for the same token.
+    #[error("token {0:#018x} is asked for twice")]
+    Taken(u64),
+}
+
+#[derive(Default)]
+struct Table {
+    unclaimed: VecDeque<Unclaimed>,
+    waiting: HashMap<u64, oneshot::Sender<Descriptor>>,
+}
+
+struct Unclaimed {
+    token: u64,
+    stream: Descriptor,
+    since: Instant,
+}
+
+/// Connected streams by token.
+#[derive(Clone)]
+pub struct StreamBroker {
+    table: Arc<Mutex<Table>>,
+    headers: Arc<Semaphore>,
+}
+
+impl Default for StreamBroker {
+    fn default() -> Self {
+        Self { table: Arc::default(), headers: Arc::new(Semaphore::new(MAX_UNCLAIMED)) }
+    }
+}
+
+impl StreamBroker {
+    /// Takes streams from `listener` for ever.
+    pub async fn serve(self, listener: Listener) {
+        loop {
+            // Held until the token is read: later connections wait in the listener's backlog.
+            let Ok(permit) = self.headers.clone().acquire_owned().await else { return };
+            let stream = match listener.accept().await {
+                Ok(stream) => stream,
+                Err(err) => {
+                    log::warn!("accept of a stdio stream failed: {err}");
+                    // Out of descriptors or memory: both pass, and a tight loop would not help.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                }
+            };
+            let broker = self.clone();
+            tokio::spawn(async move {
+                match timeout(PATIENCE, read_token(stream)).await {
+                    Ok(Some((token, stream))) => broker.offer(token, stream),
+                    Ok(None) | Err(_) => log::warn!("a stdio stream was closed without a token"),
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    /// Keeps a stream for the one who asks for its token, or hands it over if asked already.
+    pub fn offer(&self, token: u64, stream: Descriptor) {
+        if token == 0 {
+            log::warn!("a stdio stream with token 0 was closed");
+            return;
+        }
+        let mut table = self.table();
+        let stream = match table.waiting.remove(&token) {
+            Some(waiter) => match waiter.send(stream) {
+                Ok(()) => return,
+                // The waiter's time had run out.
+                Err(stream) => stream,
+            },
+            None => stream,
+        };
+        let now = Instant::now();
+        while table.unclaimed.front().is_some_and(|oldest| now - oldest.since > PATIENCE) {
+            table.unclaimed.pop_front();
+        }
+        if table.unclaimed.len() >= MAX_UNCLAIMED || table.unclaimed.iter().any(|other| other.token == token) {
+            log::warn!("a stdio stream was closed: its token is in use, or {MAX_UNCLAIMED} wait to be asked for");
+            return;
+        }
+        table.unclaimed.push_back(Unclaimed { token, stream, since: now });
+    }
+
+    /// The stream with this token, as soon as it is connected.
+    ///
+    /// # Errors
+    ///
+    /// [`StreamError`].
+    pub async fn claim(&self, token: u64) -> Result<Descriptor, StreamError> {
+        let receiver = {
+            let mut table = self.table();
+            if let Some(index) = table.unclaimed.iter().position(|unclaimed| unclaimed.token == token)
+                && let Some(unclaimed) = table.unclaimed.remove(index)
+            {
+                return Ok(unclaimed.stream);
+            }
+            if table.waiting.get(&token).is_some_and(|other| !other.is_closed()) {
+                return Err(StreamError::Taken(token));
+            }
+            let (sender, receiver) = oneshot::channel();
+            table.waiting.insert(token, sender);
+            receiver
+        };
+        // Takes the entry out again whether time runs out or the caller is dropped.
+        let _entry = Waiting { broker: self, token };
+        match timeout(PATIENCE, receiver).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(_)) | Err(_) => Err(StreamError::Timeout(token)),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Waiting<'a> {
+    broker: &'a StreamBroker,
+    token: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        // After a hand-over a second claim of the same token may have put its own entry here: tokens are never used
+        // twice, so there is none of its own to lose.
+        let mut table = self.broker.table();
+        if table.waiting.get(&self.token).is_some_and(oneshot::Sender::is_closed) {
+            table.waiting.remove(&self.token);
+        }
+    }
+}
+
+async fn read_token(mut stream: Descriptor) -> Option<(u64, Descriptor)> {
+    let mut header = [0; TOKEN_LEN];
+    stream.read_exact(&mut header).await.ok()?;
+    Some((u64::from_le_bytes(header), stream))
+}
