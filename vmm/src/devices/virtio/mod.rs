@@ -7,8 +7,12 @@
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
+pub mod blk;
+pub mod fs;
 pub mod mmio;
 pub mod queue;
+pub mod rng;
+pub mod vsock;
 #[cfg(test)]
 pub(crate) mod testing;
 

@@ -1,0 +1,128 @@
+//! The file system device (virtio 1.3 s5.11): shares a host directory with the guest. The FUSE server is `virtiofsd`'s, in
+//! this process.
+//!
+//! * this file - [`Fs`], the device.
+//! * [`pool`] - the threads that serve its queues.
+//! * [`frame`] - a request brought from the guest's chain into the shape the server takes.
+//! * [`share`] - the server and its settings.
+//!
+//! The share is given as a descriptor; the guest reaches what is below it, and of mounts below it those in this process's mount
+//! namespace.
+
+mod frame;
+mod pool;
+mod share;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvrun_vmm_api::config::MAX_FS_TAG;
+use rustix::fs::{FileType, fstat};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use self::pool::Pool;
+use self::share::{Share, ShareSource};
+use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+
+/// The hiprio queue and one request queue. Linux limits a request to what its queue holds without indirect descriptors, and the
+/// server takes 1 MiB: 256 pages and a few headers.
+const QUEUE_SIZES: [u16; 2] = [128, 512];
+/// `struct virtio_fs_config` (virtio 1.3 s5.11.4): the tag, then how many request queues there are.
+const CONFIG_LEN: usize = MAX_FS_TAG + 4;
+
+/// Why a directory cannot be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// The tag must be something to mount by.
+    #[error("tag {0:?} of the shared directory is not 1 to {MAX_FS_TAG} bytes without NUL")]
+    Tag(String),
+    /// The descriptor is of something else.
+    #[error("share {0:?} is not a directory")]
+    NotADirectory(String),
+    /// The file server did not start.
+    #[error("cannot serve the directory of share {tag:?}")]
+    Open {
+        /// The share's tag.
+        tag: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The file system device.
+pub struct Fs {
+    config: [u8; CONFIG_LEN],
+    source: Arc<ShareSource>,
+    /// Opened ahead, for the first activation.
+    share: Option<Share>,
+    pool: Option<Pool>,
+}
+
+impl Fs {
+    /// Shares the directory `root` refers to under `tag`.
+    ///
+    /// # Errors
+    /// [`FsError`].
+    pub fn new(root: OwnedFd, tag: &str, read_only: bool) -> Result<Self, FsError> {
+        if tag.is_empty() || tag.len() > MAX_FS_TAG || tag.contains('\0') {
+            return Err(FsError::Tag(tag.to_owned()));
+        }
+        let failed = |source| FsError::Open { tag: tag.to_owned(), source };
+        let stat = fstat(&root).map_err(|e| failed(e.into()))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Err(FsError::NotADirectory(tag.to_owned()));
+        }
+        let source = Arc::new(ShareSource::new(root, read_only).map_err(failed)?);
+        let share = Some(pool::open(&source).map_err(failed)?);
+        let mut config = [0; CONFIG_LEN];
+        config[..tag.len()].copy_from_slice(tag.as_bytes());
+        config[MAX_FS_TAG..].copy_from_slice(&1u32.to_le_bytes());
+        Ok(Self { config, source, share, pool: None })
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn name(&self) -> &'static str {
+        "fs"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queues = activation.take_queues::<2>()?;
+        let failed = |source| ActivateError::Host { what: "start the file server", source };
+        let share = match self.share.take() {
+            Some(share) => share,
+            None => pool::open(&self.source).map_err(failed)?,
+        };
+        let Activation { mem, interrupt, .. } = activation;
+        let pool = Pool::start(self.source.clone(), share, mem, queues.into(), interrupt).map_err(failed)?;
+        self.pool = Some(pool);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        // Ends the session too: open files and inodes go with the share.
+        self.pool = None;
+    }
+}

@@ -1,0 +1,216 @@
+//! The threads that serve a share.
+//!
+//! Any request may block for as long as the host's file system pleases, and must not hold up the others meanwhile. So while
+//! requests are being handled there is always one more thread that waits for the next, until there are [`MAX_THREADS`]. All wait
+//! in one epoll instance, from which the kernel lets the thread go that came last: a guest that does one thing at a time is served
+//! by one warm thread, and the others are never scheduled.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::frame::{BadRequest, Frame};
+use super::share::{Share, ShareSource};
+use crate::devices::virtio::queue::Chain;
+use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, VirtQueue};
+use crate::locked;
+
+/// Most requests of one share handled at a time.
+pub(super) const MAX_THREADS: usize = 8;
+/// Address space for the stack of a thread; memory is used only as far as it is touched.
+const STACK_SIZE: usize = 256 * 1024;
+
+/// The threads of one activation.
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    source: Arc<ShareSource>,
+    share: Share,
+    ram: GuestRam,
+    interrupt: Arc<dyn InterruptLine>,
+    epoll: OwnedFd,
+    /// Readable once the threads are to end.
+    stop: OwnedFd,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// In order of priority, which is that of their numbers: the hiprio queue is the first (virtio 1.3 s5.11.2).
+    queues: Vec<VirtQueue>,
+    threads: Vec<JoinHandle<()>>,
+    /// How many threads wait for requests.
+    idle: usize,
+    /// Take no more requests.
+    ended: bool,
+}
+
+/// Opens the share of `source`, on a thread of its own since only such may.
+///
+/// # Errors
+/// When the thread cannot be had or the share cannot be opened.
+pub(super) fn open(source: &ShareSource) -> io::Result<Share> {
+    thread::scope(|scope| {
+        let opener = thread::Builder::new().name("fs".to_owned()).stack_size(STACK_SIZE);
+        let opener = opener.spawn_scoped(scope, || source.enter().and_then(|()| source.open()))?;
+        opener.join().unwrap_or_else(|_| Err(io::Error::other("the file server panicked")))
+    })
+}
+
+impl Pool {
+    /// Starts to serve `share`, which was opened from `source`.
+    ///
+    /// # Errors
+    /// When the host is out of descriptors or threads.
+    pub(super) fn start(
+        source: Arc<ShareSource>,
+        share: Share,
+        ram: GuestRam,
+        queues: Vec<VirtQueue>,
+        interrupt: Arc<dyn InterruptLine>,
+    ) -> io::Result<Self> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, &stop, EventData::new_u64(0), EventFlags::IN)?;
+        for queue in &queues {
+            // Edge-triggered: each kick lets one thread go, once. Nobody reads the counter.
+            epoll::add(&epoll, queue.kick(), EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
+        }
+        let state = Mutex::new(State { queues, threads: Vec::new(), idle: 0, ended: false });
+        let shared = Arc::new(Shared { source, share, ram, interrupt, epoll, stop, state });
+        let first = shared.spawn()?;
+        locked(shared.state.lock()).threads.push(first);
+        Ok(Self { shared })
+    }
+}
+
+impl Drop for Pool {
+    /// Waits for the requests being handled, and for the threads to end.
+    fn drop(&mut self) {
+        self.shared.end();
+        // A thread that ends has seen `ended`, so no more are started once it is set.
+        let threads = std::mem::take(&mut locked(self.shared.state.lock()).threads);
+        for thread in threads {
+            // Panics abort the process, except in tests, where they are reported on the way.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn spawn(self: &Arc<Self>) -> io::Result<JoinHandle<()>> {
+        let shared = self.clone();
+        thread::Builder::new().name("fs".to_owned()).stack_size(STACK_SIZE).spawn(move || shared.work())
+    }
+
+    /// The life of a thread.
+    fn work(self: &Arc<Self>) {
+        let mut frame = match self.source.enter().and_then(|()| Frame::new(self.ram.clone())) {
+            Ok(frame) => frame,
+            Err(reason) => return self.fail(&reason),
+        };
+        while let Some((queue, chain)) = self.next() {
+            let head = chain.head_index();
+            let written = match frame.load(chain) {
+                Ok(request) => self.share.handle(request),
+                Err(BadRequest) => 0,
+            };
+            self.complete(queue, head, written);
+        }
+    }
+
+    /// Waits for a request; `None` when the thread is to end.
+    fn next(self: &Arc<Self>) -> Option<(usize, Chain<'_>)> {
+        let mut state = locked(self.state.lock());
+        loop {
+            if state.ended {
+                return None;
+            }
+            match state.pop(&self.ram) {
+                Ok(Some(request)) => {
+                    if state.idle == 0 && state.threads.len() < MAX_THREADS {
+                        // Without another thread this one will do, as soon as it is done.
+                        state.threads.extend(self.spawn());
+                    }
+                    return Some(request);
+                }
+                Ok(None) => {}
+                Err(reason) => {
+                    drop(state);
+                    self.fail(&reason);
+                    return None;
+                }
+            }
+            state.idle += 1;
+            drop(state);
+            let mut events = Vec::with_capacity(1);
+            // An error is no worse than a kick for nothing: EINTR is the only one possible.
+            let _ = epoll::wait(&self.epoll, spare_capacity(&mut events), None);
+            state = locked(self.state.lock());
+            state.idle -= 1;
+        }
+    }
+
+    /// Returns a chain to the driver.
+    fn complete(&self, queue: usize, head: u16, written: u32) {
+        let mut state = locked(self.state.lock());
+        let queue = &mut state.queues[queue];
+        let index = queue.index();
+        let outcome =
+            queue.add_used(&self.ram, head, written).and_then(|()| queue.needs_interrupt(&self.ram));
+        drop(state);
+        match outcome {
+            Ok(true) => self.interrupt.signal_queue(index),
+            Ok(false) => {}
+            Err(reason) => self.fail(&reason),
+        }
+    }
+
+    /// Gives up on the driver, or on the host.
+    fn fail(&self, reason: &dyn Error) {
+        if self.end() {
+            self.interrupt.needs_reset(reason);
+        }
+    }
+
+    /// Tells all threads to end; `false` if they were told before.
+    fn end(&self) -> bool {
+        let ended = std::mem::replace(&mut locked(self.state.lock()).ended, true);
+        // Fails only if the counter is at its limit, and then it is readable.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        !ended
+    }
+}
+
+impl State {
+    /// Takes the next request, and has the driver kick for the one after it if a thread is there to hear it.
+    fn pop<'m>(&mut self, ram: &'m GuestRam) -> Result<Option<(usize, Chain<'m>)>, QueueError> {
+        let listening = self.idle > 0 || self.threads.len() < MAX_THREADS;
+        loop {
+            for (i, queue) in self.queues.iter_mut().enumerate() {
+                let Some(chain) = queue.pop(ram)? else { continue };
+                if !listening {
+                    queue.disable_kicks(ram)?;
+                } else if queue.enable_kicks(ram)? {
+                    // The driver has kicked for these already, perhaps once for all.
+                    queue.kick_again();
+                }
+                return Ok(Some((i, chain)));
+            }
+            let mut more = false;
+            for queue in &mut self.queues {
+                more |= queue.enable_kicks(ram)?;
+            }
+            if !more {
+                return Ok(None);
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The shared directory: `virtiofsd`'s file server with the settings of a pod, and the threads it may run on.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::fs::Mode;
+use rustix::process::{Resource, fchdir, getrlimit, umask};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::FileSystem;
+use virtiofsd::passthrough::read_only::PassthroughFsRo;
+use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
+use virtiofsd::server::Server;
+
+use super::frame::Request;
+
+/// How long the guest may use a name or attribute without asking again. The guest sees its own changes at once; those made on
+/// the host (an updated volume, a log another process reads and rotates) it sees this much later. Longer saves few requests,
+/// since file data is revalidated on every open anyway; shorter makes every step of every path a request.
+const VALIDITY: Duration = Duration::from_secs(1);
+/// Host descriptors kept back from the guest, for the VMM itself.
+const RESERVED_FDS: u64 = 256;
+
+/// A directory the guest may use. Its session state (open files, known inodes) belongs to one activation of the device.
+pub(super) struct Share {
+    server: Access,
+}
+
+enum Access {
+    ReadWrite(Server<PassthroughFs>),
+    ReadOnly(Server<PassthroughFsRo>),
+}
+
+/// What a share is made from, as often as the driver starts over.
+pub(super) struct ShareSource {
+    root: OwnedFd,
+    read_only: bool,
+    /// `/proc/self/fd` and `/proc/self/mountinfo`, opened while they are in sight.
+    proc_fds: File,
+    proc_mountinfo: File,
+}
+
+impl ShareSource {
+    /// Shares the directory `root` refers to.
+    ///
+    /// # Errors
+    /// When /proc is not what it should be.
+    pub(super) fn new(root: OwnedFd, read_only: bool) -> io::Result<Self> {
+        Ok(Self {
+            root,
+            read_only,
+            proc_fds: File::open("/proc/self/fd")?,
+            proc_mountinfo: File::open("/proc/self/mountinfo")?,
+        })
+    }
+
+    /// Makes the calling thread fit to serve this share. The file server changes into directories and changes the umask on the
+    /// way, and it finds the root of the share by the name ".": so its threads share neither with the rest of the process.
+    ///
+    /// # Errors
+    /// As `unshare(2)` and `fchdir(2)`.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        // SAFETY: CLONE_FS parts only working directory, root and umask, on which no memory safety hangs.
+        unsafe { unshare_unsafe(UnshareFlags::FS)? };
+        fchdir(&self.root)?;
+        // The guest's own umask has been applied to the modes it sends.
+        umask(Mode::empty());
+        Ok(())
+    }
+
+    /// Opens the share. To be called on a thread that has [entered](Self::enter) it.
+    ///
+    /// # Errors
+    /// When the root cannot be used.
+    pub(super) fn open(&self) -> io::Result<Share> {
+        // A file handle stands for an inode without keeping it open, so that the number of host descriptors does not grow
+        // with what the guest has in its caches. File systems without them (overlayfs, mostly) get descriptors, which the server
+        // finds out itself, unless the handle exists and its mount is out of reach.
+        self.open_with(InodeFileHandlesMode::Prefer).or_else(|_| self.open_with(InodeFileHandlesMode::Never))
+    }
+
+    fn open_with(&self, inode_file_handles: InodeFileHandlesMode) -> io::Result<Share> {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let config = Config {
+            root_dir: ".".to_owned(),
+            proc_sfd_rawfd: Some(self.proc_fds.try_clone()?),
+            proc_mountinfo_rawfd: Some(self.proc_mountinfo.try_clone()?),
+            entry_timeout: VALIDITY,
+            attr_timeout: VALIDITY,
+            // Close-to-open: cached data is dropped when a file is opened and has changed on the host.
+            cache_policy: CachePolicy::Auto,
+            // The host writes to volumes too, and with write-back its changes would be overwritten.
+            writeback: false,
+            xattr: true,
+            posix_acl: NegotiationMode::Auto,
+            // The root file system and volumes mounted below it have inode numbers in common.
+            announce_submounts: true,
+            inode_file_handles,
+            readdirplus: true,
+            // O_DIRECT reaches the server either way; here it would fail where the host's file system cannot do it
+            // (tmpfs before 6.6) and for buffers it finds misaligned.
+            allow_direct_io: false,
+            // The server drops set-user-ID bits and capabilities itself, so that the guest need not ask before every write.
+            killpriv_v2: true,
+            guest_fd_limit: limit.saturating_sub(RESERVED_FDS).max(RESERVED_FDS),
+            ..Config::default()
+        };
+        let server = if self.read_only {
+            Access::ReadOnly(Server::new(PassthroughFsRo::new(config)?))
+        } else {
+            Access::ReadWrite(Server::new(PassthroughFs::new(config)?))
+        };
+        Ok(Share { server })
+    }
+}
+
+impl Share {
+    /// Handles one request; says how many bytes of an answer are in the guest's buffers. A request that is not even well-formed
+    /// FUSE has none.
+    pub(super) fn handle(&self, request: Request<'_>) -> u32 {
+        let Request { reader, writer, room } = request;
+        let answered = match &self.server {
+            Access::ReadWrite(server) => handle(server, reader, writer),
+            Access::ReadOnly(server) => handle(server, reader, writer),
+        };
+        u32::try_from(answered).map_or(room, |answered| answered.min(room))
+    }
+}
+
+fn handle<F: FileSystem + Sync>(server: &Server<F>, reader: Reader<'_>, writer: Writer<'_>) -> usize {
+    // The third argument is for DAX mappings, which this version of the server does not do.
+    server.handle_message::<()>(reader, writer, None).unwrap_or(0)
+}
