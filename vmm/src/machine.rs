@@ -164,11 +164,11 @@ impl Machine {
             buses.mmio.insert(slot_address(index), SLOT_SIZE, slot.clone())?;
             slots.push(slot);
         }
-        let vsock = Vsock::new(event_loop.handle.clone(), GUEST_CID, config.vsock_listen.clone(), accepted)
+        let (vsock, vsock_handle) = Vsock::new(event_loop.handle.clone(), GUEST_CID, config.vsock_listen.clone(), accepted)
             .map_err(host("make the vsock device"))?;
 
         let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
-        let machine = Self { vm, vcpus, exit, slots, vsock: vsock.handle(), console, marks, event_loop };
+        let machine = Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop };
         machine.fill(VSOCK_SLOT, Box::new(vsock))?;
         machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
         machine.vcpus.resume();
