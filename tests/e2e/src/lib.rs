@@ -1,1 +1,38 @@
-//! Placeholder until the crate lands.
+//! Fixtures of the end-to-end tests, which run `kvrun` for real; the tests are in `tests/`.
+//!
+//! * [`harness`] - finds `kvrun`, asks `kvrun check` whether this host can run VMs, and runs every test in a process of its own.
+//! * [`isolation`] - what that process has of its own, so that tests run side by side and nothing a test leaves behind escapes it.
+//! * [`leaks`] - what must be as before when a test is over: processes, mounts, sockets, cgroups, files.
+//! * [`fixture`] - [`Test`]: the directories of one test, and how it starts `kvrun`.
+//! * [`bundle`] - OCI bundles with a busybox userland.
+//! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
+//! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
+//! * [`time`] - the one factor by which all bounds scale.
+//!
+//! The same binary runs on a host with hardware KVM and in the lab; it needs root, busybox and util-linux. Environment:
+//! `KVRUN` (the program under test), `KVRUN_TIMEOUT_FACTOR`, `KVRUN_E2E_REQUIRED=1` (a host that cannot run VMs is a failure).
+
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod fixture;
+pub mod harness;
+pub mod isolation;
+pub mod leaks;
+pub mod process;
+pub mod terminal;
+pub mod time;
+
+pub use bundle::Bundle;
+pub use fixture::Test;
+pub use harness::{Case, main};
+pub use process::{Outcome, Running};
+pub use terminal::Terminal;
+
+/// The tests of a module, named by their functions; a test that is not listed is dead code, which the compiler reports.
+#[macro_export]
+macro_rules! cases {
+    ($($test:ident),* $(,)?) => {
+        &[$($crate::Case { name: concat!(module_path!(), "::", stringify!($test)), test: $test }),*]
+    };
+}

@@ -1,0 +1,155 @@
+//! The harness: libtest's command line and output (`libtest-mimic`), with two differences.
+//!
+//! A host that cannot run VMs makes every test *skipped*, with the reason, never passed; with `KVRUN_E2E_REQUIRED=1` it is a
+//! failure. And every test runs in a process of its own, see [`isolation`](crate::isolation), which the harness ends when its time
+//! is over.
+
+use std::env;
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use crate::fixture::Test;
+use crate::leaks::Snapshot;
+use crate::{isolation, process, time};
+
+/// A test.
+#[derive(Debug)]
+pub struct Case {
+    /// Its name, with the path of its module.
+    pub name: &'static str,
+    /// The test.
+    pub test: fn(&Test) -> Result<()>,
+}
+
+impl Case {
+    /// The name without that of the test binary.
+    fn short_name(&self) -> &'static str {
+        self.name.split_once("::").map_or(self.name, |(_, name)| name)
+    }
+}
+
+/// Set for the process of one test: the name of the test.
+const CASE_VARIABLE: &str = "KVRUN_E2E_CASE";
+/// Set for the process of one test: its container ID.
+const ID_VARIABLE: &str = "KVRUN_E2E_ID";
+
+/// `main` of the test binary.
+pub fn main(groups: &[&'static [Case]]) -> ExitCode {
+    let cases = groups.iter().flat_map(|group| group.iter());
+    if let Ok(name) = env::var(CASE_VARIABLE) {
+        return match cases.into_iter().find(|case| case.short_name() == name) {
+            Some(case) => in_own_process(case),
+            None => fail(&format!("there is no test {name}")),
+        };
+    }
+    let mut arguments = Arguments::from_args();
+    // Two at a time suit the lab's two emulated CPUs, and any other machine.
+    arguments.test_threads.get_or_insert(2);
+    let mut skip = None;
+    if !arguments.list
+        && let Err(reason) = check_host()
+    {
+        if env::var_os("KVRUN_E2E_REQUIRED").is_some_and(|v| v == "1") {
+            return fail(&format!("this host must run the end-to-end tests, but: {reason:#}"));
+        }
+        skip = Some(format!("{reason:#}"));
+    }
+    let trials = cases.enumerate().map(|(index, case)| {
+        let skip = skip.clone();
+        let id = format!("e2e-{}-{index}", std::process::id());
+        Trial::ignorable_test(case.short_name(), move || match skip {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => spawn(case, &id).map(|()| Completion::Completed),
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("e2e: {message}");
+    ExitCode::FAILURE
+}
+
+/// The program under test: `KVRUN`, or the staged one of the tree this binary was built in.
+pub(crate) fn kvrun() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("KVRUN") {
+        return PathBuf::from(path).canonicalize().context("KVRUN names no program");
+    }
+    let me = env::current_exe().context("cannot find the path of this binary")?;
+    let staged = me.ancestors().map(|dir| dir.join("stage/bin/kvrun")).find(|path| path.exists());
+    staged.context("there is no kvrun: run `make build`, or name one with KVRUN")
+}
+
+/// Whether tests can run here at all.
+fn check_host() -> Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "the tests need root");
+    let output = Command::new(kvrun()?).arg("check").output().context("cannot run `kvrun check`")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!(
+            "`kvrun check` says this host cannot run VMs: {}",
+            said.lines().last().unwrap_or("no reason given")
+        );
+    }
+    Ok(())
+}
+
+/// Runs one test in its own process, within its time.
+fn spawn(case: &Case, id: &str) -> Result<(), Failed> {
+    let me = env::current_exe()?;
+    let mut child = isolation::command(&me)
+        .env(CASE_VARIABLE, case.short_name())
+        .env(ID_VARIABLE, id)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut stderr = child.stderr.take().ok_or("no pipe")?;
+    let said = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // The end of this pipe is the end of the last process of the test.
+        let _ = stderr.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    let limit = time::scaled(time::TEST);
+    let ended = process::wait_within(&mut child, limit);
+    if ended.is_err() {
+        // Ends the init process of the test's PID namespace, and with it every process in there.
+        child.kill()?;
+        child.wait()?;
+    }
+    let said = said.join().unwrap_or_default();
+    match ended {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{said}the test's process ended with {status}").into()),
+        Err(_) => Err(format!("{said}the test did not end within {limit:?}").into()),
+    }
+}
+
+/// The life of the process of one test.
+fn in_own_process(case: &Case) -> ExitCode {
+    let run = || -> Result<()> {
+        let id = env::var(ID_VARIABLE).context("no container ID")?;
+        let kvrun = kvrun()?;
+        isolation::enter(&kvrun)?;
+        let test = Test::new(id, kvrun)?;
+        let before = Snapshot::take(&test)?;
+        match catch_unwind(AssertUnwindSafe(|| (case.test)(&test))) {
+            Ok(result) => result?,
+            Err(_) => bail!("panicked"),
+        }
+        let left = Snapshot::take(&test)?.since(&before);
+        ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+        Ok(())
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("{error:#}")),
+    }
+}

@@ -1,0 +1,33 @@
+//! What `kvrun` promises, one module per subject.
+
+use std::process::ExitCode;
+
+mod bad_config;
+mod command_line;
+mod exit;
+mod faults;
+mod files;
+mod installation;
+mod parallel;
+mod process;
+mod resources;
+mod signals;
+mod stdio;
+mod terminal;
+
+fn main() -> ExitCode {
+    kvrun_e2e::main(&[
+        exit::CASES,
+        stdio::CASES,
+        terminal::CASES,
+        signals::CASES,
+        process::CASES,
+        resources::CASES,
+        files::CASES,
+        faults::CASES,
+        installation::CASES,
+        command_line::CASES,
+        bad_config::CASES,
+        parallel::CASES,
+    ])
+}
