@@ -28,6 +28,7 @@ use crate::bus::Bus;
 use crate::locked;
 
 pub use exit::ExitSlot;
+pub(crate) use run::internal_error;
 
 /// The stack of a vCPU thread in bytes. Its deepest call is a device's activation, which starts workers; only what is
 /// touched is paid for.

@@ -1,7 +1,7 @@
 //! The KVM calls that make the machine, in the order KVM wants them: TSS address and interrupt controller before the first
 //! vCPU, CPUID before MSRs (which MSRs exist depends on it).
 
-use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -51,7 +51,7 @@ fn vm_error(what: &'static str) -> impl FnOnce(errno::Error) -> VmError {
 
 /// Makes the virtual machine with its interrupt controllers (PIC, IOAPIC, local APICs) in the kernel. No PIT: a guest with
 /// kvmclock and TSC deadline needs none, and it would cost a kernel thread of the host.
-pub(super) fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
+pub(crate) fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
     let vm = loop {
         match kvm.create_vm() {
             // Starting the huge page recovery thread of the host can be interrupted.
@@ -82,12 +82,7 @@ pub(super) fn create_vcpus(
     (0..count)
         .map(|index| {
             let error = |what| move |source| VmError::VcpuIoctl { what, vcpu: index, source };
-            let vcpu = vm.create_vcpu(u64::from(index)).map_err(error("create the descriptor"))?;
-            vcpu.set_cpuid2(&cpuid.for_vcpu(index)?).map_err(error("set the CPUID"))?;
-            set_msrs(&vcpu, index, &msrs)?;
-            let mut lapic = vcpu.get_lapic().map_err(error("read the local APIC"))?;
-            registers::wire_lapic(&mut lapic);
-            vcpu.set_lapic(&lapic).map_err(error("set the local APIC"))?;
+            let (vcpu, _) = create_vcpu(vm, index, &cpuid, &msrs)?;
             if index == 0 {
                 let mut sregs = vcpu.get_sregs().map_err(error("read the special registers"))?;
                 registers::set_entry_sregs(&mut sregs);
@@ -100,8 +95,31 @@ pub(super) fn create_vcpus(
         .collect()
 }
 
+/// Makes the one vCPU of a machine that boots no kernel: in reset state, but for CPUID and MSRs.
+pub(crate) fn create_bare_vcpu(kvm: &Kvm, vm: &VmFd) -> Result<(VcpuFd, CpuId), VmError> {
+    create_vcpu(vm, 0, &cpuid::Template::new(kvm, 1)?, &registers::msrs())
+}
+
+/// Makes a vCPU and sets what is the same for all of them.
+fn create_vcpu(
+    vm: &VmFd,
+    index: u8,
+    cpuid: &cpuid::Template,
+    msrs: &Msrs,
+) -> Result<(VcpuFd, CpuId), VmError> {
+    let error = |what| move |source| VmError::VcpuIoctl { what, vcpu: index, source };
+    let vcpu = vm.create_vcpu(u64::from(index)).map_err(error("create the descriptor"))?;
+    let cpuid = cpuid.for_vcpu(index)?;
+    vcpu.set_cpuid2(&cpuid).map_err(error("set the CPUID"))?;
+    set_msrs(&vcpu, index, msrs)?;
+    let mut lapic = vcpu.get_lapic().map_err(error("read the local APIC"))?;
+    registers::wire_lapic(&mut lapic);
+    vcpu.set_lapic(&lapic).map_err(error("set the local APIC"))?;
+    Ok((vcpu, cpuid))
+}
+
 /// Gives the machine its memory: one slot per region.
-pub(super) fn add_memory(vm: &VmFd, mem: &GuestRam) -> Result<(), VmError> {
+pub(crate) fn add_memory(vm: &VmFd, mem: &GuestRam) -> Result<(), VmError> {
     for (slot, region) in mem.iter().enumerate() {
         let slot = kvm_userspace_memory_region {
             slot: slot as u32,
