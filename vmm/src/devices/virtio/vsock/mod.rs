@@ -1,0 +1,117 @@
+//! virtio-vsock (virtio 1.3 s5.10): streams between guest and host, which on the host's side are Unix stream sockets.
+//!
+//! There is no vhost and no `AF_VSOCK` on the host: this device is the guest's only peer. The guest connects to ports the
+//! pod engine asked for ([`Vsock::new`]); the host connects with a [`VsockHandle`]. Each connection has one end of a
+//! socket pair here, which is read and written straight from and to the guest's buffers.
+//!
+//! * this file - the device as its transport sees it.
+//! * [`handle`] - what other threads share with it.
+//! * [`worker`] - its part on the event loop: the queues, whose turn is bounded.
+//! * [`table`] - the connections, and whose turn it is among them.
+//! * [`connection`] - one connection: credit, half-closes, backlog.
+//! * [`stream`] - system calls on the Unix socket.
+//! * [`packet`] - packets in descriptor chains.
+//!
+//! Hostile guests: a packet that makes no sense ends its connection; a ring or chain that makes no sense ends the device. All
+//! that is buffered for a guest is bounded by [`connection::BUF_ALLOC`] for each connection, which are
+//! [`table::MAX_CONNECTIONS`] at most, and an idle one buffers nothing.
+
+mod connection;
+mod handle;
+mod packet;
+mod stream;
+mod table;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+pub use handle::{Accepted, ConnectError, Connected, VsockHandle};
+use handle::{Shared, VsockState};
+use worker::Worker;
+
+use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::event_loop::{LoopHandle, SubscriberId};
+use crate::locked;
+
+/// Receive, transmit, event. Linux fills the receive queue with buffers of 4 KiB at once, so its size is guest memory.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+
+/// The device.
+pub struct Vsock {
+    events: LoopHandle,
+    shared: Arc<Shared>,
+    worker: Option<SubscriberId>,
+}
+
+impl Vsock {
+    /// A device for the guest with this context identifier, and the handle to connect to that guest with. The guest may
+    /// connect once to each of the ports in `listen`, and `accepted` gets the host's end, a non-blocking socket; a
+    /// connection to any other port is refused.
+    ///
+    /// # Errors
+    /// When the host is out of descriptors.
+    pub fn new(
+        events: LoopHandle,
+        guest_cid: u32,
+        listen: Vec<u32>,
+        accepted: Accepted,
+    ) -> io::Result<(Self, VsockHandle)> {
+        let shared = Arc::new(Shared::new(VsockState::new(guest_cid, listen), accepted)?);
+        let handle = VsockHandle(shared.clone());
+        Ok((Self { events, shared, worker: None }, handle))
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_id(&self) -> u32 {
+        19
+    }
+
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // virtio 1.3 s5.10.4: le64, of which the upper half is zero.
+        let cid = u64::from(locked(self.shared.state.lock()).guest_cid);
+        read_config_bytes(&cid.to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        // virtio 1.3 s5.10.6.7: the event queue tells the guest that it has been moved to another host, which never happens
+        // while it runs.
+        let [rx, tx, _event] = activation.take_queues()?;
+        let worker = Worker::new(activation.mem, activation.interrupt, self.shared.clone(), rx, tx);
+        let added = self.events.add(Box::new(worker));
+        let id = added.map_err(|source| ActivateError::Host { what: "watch the queues of vsock", source })?;
+        self.worker = Some(id);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.shared.close();
+        if let Some(id) = self.worker.take() {
+            // Closes the connections, on the loop; without a loop it is gone already.
+            drop(self.events.remove(id));
+        }
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}

@@ -1,0 +1,293 @@
+//! All connections: which packet belongs to which, and whose turn it is.
+//!
+//! Connections with something for the guest stand in a queue, each at most once, and so do packets that belong to no connection
+//! and get an RST. A turn is one packet, or one read's worth of data, and then it is the next one's turn.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use rustix::event::epoll::EventFlags;
+
+use super::connection::{Connection, Key, Next, Verdict};
+use super::handle::{ConnectError, ConnectRequest, Shared};
+use super::packet::{Buffers, HOST_CID, Header, RxBuffer, TYPE_STREAM, TxPacket, op};
+use super::stream::HostStream;
+use crate::devices::virtio::{GuestRam, QueueError, VirtQueue};
+use crate::event_loop::Registry;
+use crate::locked;
+
+/// The most connections at a time, closing ones included.
+pub(super) const MAX_CONNECTIONS: usize = 1024;
+/// How many packets that belong to no connection may wait for their RST; beyond that they get none.
+pub(super) const MAX_STRAY_RESETS: usize = 128;
+/// Tokens below are the device's own descriptors.
+pub(super) const FIRST_TOKEN: u32 = 16;
+/// How many pieces of guest memory one read fills at most.
+const MAX_PIECES: usize = 64;
+
+/// The connections of an active device.
+pub(super) struct Table {
+    guest_cid: u32,
+    shared: Arc<Shared>,
+    connections: HashMap<Key, Connection>,
+    tokens: HashMap<u32, Key>,
+    next_token: u32,
+    queue: VecDeque<Turn>,
+    /// How many in `queue` are [`Turn::Stray`].
+    strays: usize,
+}
+
+/// Whose turn it is to send something to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Connection(Key),
+    /// A packet that belongs to no connection, and the socket type it came with.
+    Stray(Key, u16),
+}
+
+impl Table {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        let guest_cid = locked(shared.state.lock()).guest_cid;
+        Self {
+            guest_cid,
+            shared,
+            connections: HashMap::new(),
+            tokens: HashMap::new(),
+            next_token: FIRST_TOKEN,
+            queue: VecDeque::new(),
+            strays: 0,
+        }
+    }
+
+    /// Whether there is something for the guest.
+    pub(super) fn has_work(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Takes the host's requests to connect.
+    pub(super) fn take_requests(&mut self, registry: &Registry<'_>) {
+        for ConnectRequest { port, stream, pending } in self.shared.take_requests() {
+            if self.connections.len() >= MAX_CONNECTIONS {
+                pending.answer(Err(ConnectError::TooMany));
+                continue;
+            }
+            let host_port = {
+                let mut state = locked(self.shared.state.lock());
+                state.pick_host_port(|host_port| {
+                    self.connections.contains_key(&Key { guest_port: port, host_port })
+                })
+            };
+            let connection = Connection::to_guest(stream, self.fresh_token(), pending);
+            self.insert(Key { guest_port: port, host_port }, connection, registry);
+        }
+    }
+
+    /// Takes a packet from the guest.
+    pub(super) fn receive(&mut self, packet: TxPacket<'_>, registry: &Registry<'_>) {
+        let TxPacket { header, data, .. } = packet;
+        // virtio 1.3 s5.10.6.4: the guest speaks for itself, and only the host is here to listen.
+        if header.src_cid != u64::from(self.guest_cid) || header.dst_cid != HOST_CID {
+            return;
+        }
+        let key = Key { guest_port: header.src_port, host_port: header.dst_port };
+        let connection = self.connections.get_mut(&key).filter(|_| header.kind == TYPE_STREAM);
+        let Some(connection) = connection else {
+            return match header.op {
+                // Never an RST in answer to an RST: the two sides could go on for ever.
+                op::RST => {}
+                op::REQUEST if header.kind == TYPE_STREAM => self.accept(key, &header, registry),
+                _ => self.reset_stray(key, header.kind),
+            };
+        };
+        let verdict = match header.op {
+            op::RST => connection.receive_reset(registry),
+            _ if connection.is_forgotten() => return self.reset_stray(key, header.kind),
+            _ => connection.receive(&header, data, registry),
+        };
+        self.conclude(key, verdict, registry);
+    }
+
+    /// The Unix socket of a connection is ready for something.
+    pub(super) fn stream_ready(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>) {
+        // Absent: closed by an earlier event of the same batch.
+        let Some(&key) = self.tokens.get(&token) else { return };
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let verdict = connection.stream_ready(events, registry);
+        self.conclude(key, verdict, registry);
+    }
+
+    /// Takes one turn: puts one packet, or one read's worth of data, into the receive queue, which has at least one buffer.
+    /// Returns whether there was anything to put there.
+    ///
+    /// # Errors
+    /// When the driver broke the rules of the queue.
+    pub(super) fn serve(
+        &mut self,
+        rx: &mut VirtQueue,
+        mem: &GuestRam,
+        registry: &Registry<'_>,
+    ) -> Result<bool, QueueError> {
+        let key = match self.queue.pop_front() {
+            None => return Ok(false),
+            Some(Turn::Stray(key, kind)) => {
+                self.strays -= 1;
+                let header = Header { kind, op: op::RST, ..self.header(key) };
+                return send(&header, rx, mem);
+            }
+            Some(Turn::Connection(key)) => key,
+        };
+        let mut header = self.header(key);
+        let Some(connection) = self.connections.get_mut(&key) else { return Ok(false) };
+        connection.queued = false;
+        let (sent, verdict) = match connection.next() {
+            Next::Control(op, flags) => {
+                (header.buf_alloc, header.fwd_cnt) = connection.tell_credit();
+                (header.op, header.flags) = (op, flags);
+                let sent = send(&header, rx, mem)?;
+                (sent, if sent { connection.control_sent(op, flags) } else { Verdict::Keep })
+            }
+            Next::Data => send_data(connection, header, rx, mem, registry)?,
+            Next::Nothing => (false, Verdict::Keep),
+        };
+        self.conclude(key, verdict, registry);
+        Ok(sent)
+    }
+
+    /// Closes everything; whoever waits for a connection is answered.
+    pub(super) fn clear(&mut self, registry: &Registry<'_>) {
+        for connection in self.connections.values_mut() {
+            connection.close_stream(registry);
+        }
+        self.connections.clear();
+        self.tokens.clear();
+        self.queue.clear();
+        self.strays = 0;
+    }
+
+    fn accept(&mut self, key: Key, request: &Header, registry: &Registry<'_>) {
+        let listens = locked(self.shared.state.lock()).listen.contains(&key.host_port);
+        if !listens || self.connections.len() >= MAX_CONNECTIONS {
+            return self.reset_stray(key, TYPE_STREAM);
+        }
+        // Fails when the host is out of descriptors: the guest may try again, the port stays open.
+        let Ok((ours, theirs)) = HostStream::pair() else { return self.reset_stray(key, TYPE_STREAM) };
+        locked(self.shared.state.lock()).listen.remove(&key.host_port);
+        let connection = Connection::from_guest(ours, self.fresh_token(), request);
+        self.insert(key, connection, registry);
+        locked(self.shared.accepted.lock())(key.host_port, theirs);
+    }
+
+    fn insert(&mut self, key: Key, mut connection: Connection, registry: &Registry<'_>) {
+        let verdict = match connection.register(registry) {
+            Ok(()) => Verdict::Keep,
+            // Out of epoll watches.
+            Err(_) => connection.abort(registry),
+        };
+        self.tokens.insert(connection.token(), key);
+        self.connections.insert(key, connection);
+        self.conclude(key, verdict, registry);
+    }
+
+    /// After something happened to a connection: forgets it, or queues it if it has something for the guest.
+    fn conclude(&mut self, key: Key, verdict: Verdict, registry: &Registry<'_>) {
+        match verdict {
+            Verdict::Keep => {
+                if let Some(connection) = self.connections.get_mut(&key)
+                    && !connection.queued
+                    && connection.next() != Next::Nothing
+                {
+                    connection.queued = true;
+                    self.queue.push_back(Turn::Connection(key));
+                }
+            }
+            Verdict::Remove => {
+                if let Some(mut connection) = self.connections.remove(&key) {
+                    connection.close_stream(registry);
+                    self.tokens.remove(&connection.token());
+                    if connection.queued {
+                        self.queue.retain(|turn| *turn != Turn::Connection(key));
+                    }
+                }
+            }
+        }
+    }
+
+    fn reset_stray(&mut self, key: Key, kind: u16) {
+        if self.strays < MAX_STRAY_RESETS {
+            self.strays += 1;
+            self.queue.push_back(Turn::Stray(key, kind));
+        }
+    }
+
+    fn fresh_token(&mut self) -> u32 {
+        loop {
+            let token = self.next_token;
+            self.next_token = token.checked_add(1).unwrap_or(FIRST_TOKEN);
+            if !self.tokens.contains_key(&token) {
+                return token;
+            }
+        }
+    }
+
+    fn header(&self, key: Key) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: u64::from(self.guest_cid),
+            src_port: key.host_port,
+            dst_port: key.guest_port,
+            kind: TYPE_STREAM,
+            ..Header::default()
+        }
+    }
+}
+
+/// Sends a packet without data; `false` if there is no buffer for it.
+fn send(header: &Header, rx: &mut VirtQueue, mem: &GuestRam) -> Result<bool, QueueError> {
+    let Some(buffer) = RxBuffer::pop(rx, mem)? else { return Ok(false) };
+    buffer.finish(header, rx, mem)?;
+    Ok(true)
+}
+
+/// Reads once from the host, into as many receive buffers as the connection may fill in one turn. Returns whether any was
+/// filled.
+fn send_data(
+    connection: &mut Connection,
+    header: Header,
+    rx: &mut VirtQueue,
+    mem: &GuestRam,
+    registry: &Registry<'_>,
+) -> Result<(bool, Verdict), QueueError> {
+    let credit = connection.credit() as usize;
+    let mut buffers: Vec<(RxBuffer<'_>, usize)> = Vec::with_capacity(connection.burst.into());
+    let mut room = Buffers::default();
+    let mut total = 0;
+    while buffers.len() < connection.burst.into() && total < credit {
+        let Some(buffer) = RxBuffer::pop(rx, mem)? else { break };
+        let mut data = buffer.data();
+        if data.len() == 0 {
+            let what = "receive buffer has no room for data";
+            return Err(QueueError::Request { queue: rx.index(), what });
+        }
+        if !buffers.is_empty() && room.slices().len() + data.slices().len() > MAX_PIECES {
+            rx.undo_pop();
+            break;
+        }
+        data.truncate(credit - total);
+        total += data.len();
+        buffers.push((buffer, data.len()));
+        room.append(data);
+    }
+    let (mut left, verdict) = connection.read_host(&room, registry);
+    let any = left > 0;
+    let (buf_alloc, fwd_cnt) = if any { connection.tell_credit() } else { (0, 0) };
+    for (buffer, capacity) in buffers {
+        if left == 0 {
+            rx.undo_pop();
+            continue;
+        }
+        let len = left.min(capacity);
+        left -= len;
+        buffer.finish(&Header { op: op::RW, len: len as u32, buf_alloc, fwd_cnt, ..header }, rx, mem)?;
+    }
+    Ok((any, verdict))
+}
