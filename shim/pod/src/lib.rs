@@ -1,1 +1,34 @@
-//! Placeholder until the crate lands.
+//! The pod engine: one micro-VM and the containers in it.
+//!
+//! Its doors (the OCI command line, later the containerd shim) call it in this order:
+//!
+//! 1. [`share::enter_mount_namespace`], while the process has one thread.
+//! 2. [`Bundle::load`](bundle::Bundle::load) reads and checks a bundle; [`VmSize`](size::VmSize) says how large a machine it asks for;
+//!    [`assets`] finds the kernel, the initramfs and the VMM.
+//! 3. [`ContainerDir::claim`](state_dir::ContainerDir::claim) makes the container ID ours; [`HostCgroup::join`](cgroup::HostCgroup::join)
+//!    puts this process, and so everything it starts, into the container's cgroup on the host.
+//! 4. [`Starting::spawn`](pod::Starting::spawn) starts the VMM; while the guest boots, [`Share`](share::Share) makes what
+//!    the guest may see; [`Starting::ready`](pod::Starting::ready) is a running [`Pod`](pod::Pod).
+//! 5. [`Pod::create`](pod::Pod::create) makes a [`Container`](container::Container), which is started, waited for and signalled;
+//!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
+//!
+//! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
+//!
+//! Who talks to whom: [`vmm`] owns the VMM process and its control socket, [`agent`] the ttrpc connection to the agent, [`stdio`]
+//! the streams of a container. Nothing here parses bytes the guest chose, except size-bounded protobuf from the agent and the
+//! replies of the VMM. One current-thread tokio runtime; threads only where a descriptor of the caller may block ([`stdio`]).
+
+pub mod agent;
+pub mod assets;
+pub mod bundle;
+pub mod cgroup;
+pub mod container;
+pub mod container_id;
+pub mod pod;
+pub mod share;
+pub mod size;
+pub mod state_dir;
+pub mod stdio;
+mod sys;
+pub mod text;
+pub mod vmm;

@@ -1,0 +1,229 @@
+//! The connection to the agent in the guest.
+//!
+//! Requests go out from whoever has an [`Agent`]; every one is bounded in time, except waiting for a process. What the agent answers is
+//! hostile: ttrpc bounds its size, and its error messages are made one short line before anything else sees them.
+
+use std::time::Duration;
+
+use kvrun_agent_api::agent as api;
+use kvrun_agent_api::agent_ttrpc::AgentClient;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use ttrpc::Code;
+use ttrpc::r#async::Client;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::Context;
+
+use crate::container_id::ContainerId;
+use crate::text;
+
+/// Name and version of the protocol.
+pub const PROTOCOL: &str = "kvrun.agent.v1";
+/// How long the agent may take over a request. Creating a container takes tens of milliseconds on hardware and a second
+/// in an emulated machine; this is for a guest that hangs.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the agent may take to shut the guest down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// The longest error message taken from the agent, in characters.
+const MAX_MESSAGE: usize = 1000;
+
+/// What can go wrong with a request to the agent.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The agent said no.
+    #[error("{message}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Its answer, by kind.
+        code: Code,
+        /// Its answer.
+        message: String,
+    },
+    /// The agent did not answer in time.
+    #[error("the guest did not {what} within {} s", bound.as_secs())]
+    Timeout {
+        /// What was asked.
+        what: &'static str,
+        /// How long it had.
+        bound: Duration,
+    },
+    /// The connection broke.
+    #[error("the connection to the guest broke while it should {what}")]
+    Disconnected {
+        /// What was asked.
+        what: &'static str,
+        /// As ttrpc put it.
+        #[source]
+        source: ttrpc::Error,
+    },
+    /// The agent answered what the protocol does not know.
+    #[error("the guest gave a senseless answer when it should {what}")]
+    Senseless {
+        /// What was asked.
+        what: &'static str,
+    },
+}
+
+/// How a process in the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessEnd {
+    /// Exited with this code.
+    Exited(u8),
+    /// Killed by this signal.
+    Signaled(u8),
+}
+
+/// The agent of one guest. Clones share a connection.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Speaks over a stream connected to [`kvrun_agent_api::RPC_PORT`]. Must be called in a tokio runtime.
+    pub fn over(stream: UnixStream) -> Self {
+        Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
+    }
+
+    /// Binds the driver to a slot; the name of its block device, if it holds one.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn bind_slot(&self, slot: u8) -> Result<Option<String>, AgentError> {
+        let request = api::BindSlotRequest { slot: slot.into(), ..Default::default() };
+        let answer = bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request)).await?;
+        Ok(Some(answer.block_device).filter(|name| !name.is_empty()))
+    }
+
+    /// Mounts the virtio-fs with this tag.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn mount_virtiofs(&self, tag: &str, mount_point: &str) -> Result<(), AgentError> {
+        let request = api::MountRequest {
+            kind: api::mount_request::Kind::VIRTIOFS.into(),
+            source: tag.to_owned(),
+            mount_point: mount_point.to_owned(),
+            ..Default::default()
+        };
+        bounded("mount the share", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Creates a container; `spec_json` is its OCI config with paths of the guest.
+    ///
+    /// # Errors
+    /// [`AgentError`]; the codes `NOT_FOUND` and `PERMISSION_DENIED` are about the program to run.
+    pub async fn create(&self, id: &ContainerId, spec_json: Vec<u8>, stdio: api::Stdio) -> Result<(), AgentError> {
+        let request = api::CreateContainerRequest {
+            container_id: id.to_string(),
+            spec_json,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let call = self.client.create_container(Context::default(), &request);
+        bounded("create the container", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Runs the container's process.
+    ///
+    /// # Errors
+    /// As [`Agent::create`].
+    pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let request = container(id);
+        let call = self.client.start_container(Context::default(), &request);
+        bounded("start the container", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Waits for the end of the container's process, without a bound; also tells whether the guest's kernel killed a process at the
+    /// memory limit.
+    ///
+    /// # Errors
+    /// [`AgentError`], never [`AgentError::Timeout`].
+    pub async fn wait(&self, id: &ContainerId) -> Result<(ProcessEnd, bool), AgentError> {
+        const WHAT: &str = "wait for the container";
+        let request = api::ProcessRequest { container_id: id.to_string(), ..Default::default() };
+        let answer = self.client.wait_process(Context::default(), &request).await.map_err(|e| failure(WHAT, e))?;
+        let number = |n: u32| u8::try_from(n).map_err(|_| AgentError::Senseless { what: WHAT });
+        let end = match answer.end {
+            Some(api::wait_process_response::End::ExitCode(code)) => ProcessEnd::Exited(number(code)?),
+            Some(api::wait_process_response::End::Signal(signal @ 1..=64)) => ProcessEnd::Signaled(number(signal)?),
+            _ => return Err(AgentError::Senseless { what: WHAT }),
+        };
+        Ok((end, answer.oom_killed))
+    }
+
+    /// Sends a signal to the container's process, or to all of its processes.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn signal(&self, id: &ContainerId, signal: i32, all: bool, bound: Duration) -> Result<(), AgentError> {
+        let signal = signal.unsigned_abs();
+        let request = api::SignalProcessRequest { container_id: id.to_string(), signal, all, ..Default::default() };
+        bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Sets the size of the container's terminal.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resize(&self, id: &ContainerId, rows: u16, columns: u16) -> Result<(), AgentError> {
+        let request = api::ResizeTerminalRequest {
+            container_id: id.to_string(),
+            rows: rows.into(),
+            columns: columns.into(),
+            ..Default::default()
+        };
+        let call = self.client.resize_terminal(Context::default(), &request);
+        bounded("resize the terminal", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Removes a container with everything left in it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn remove(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let request = container(id);
+        let call = self.client.remove_container(Context::default(), &request);
+        bounded("remove the container", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Kills all containers, syncs and powers the guest off.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        let request = api::Empty::default();
+        bounded("shut down", SHUTDOWN_TIMEOUT, self.client.shutdown(Context::default(), &request)).await.map(drop)
+    }
+}
+
+fn container(id: &ContainerId) -> api::ContainerRequest {
+    api::ContainerRequest { container_id: id.to_string(), ..Default::default() }
+}
+
+async fn bounded<T>(
+    what: &'static str,
+    bound: Duration,
+    call: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T, AgentError> {
+    match timeout(bound, call).await {
+        Ok(result) => result.map_err(|e| failure(what, e)),
+        Err(_) => Err(AgentError::Timeout { what, bound }),
+    }
+}
+
+fn failure(what: &'static str, error: ttrpc::Error) -> AgentError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            AgentError::Refused { what, code: status.code(), message: text::one_line(status.message(), MAX_MESSAGE) }
+        }
+        source => AgentError::Disconnected { what, source },
+    }
+}

@@ -1,0 +1,217 @@
+//! The rules for what a spec may say, mounts aside.
+//!
+//! Two kinds: what the specification forbids, and what it allows but we cannot do, because the container runs in a kernel of its own: host
+//! namespaces, host devices, hooks on the host, security modules the guest does not have.
+
+use std::path::Path;
+
+use oci_spec::runtime::{
+    Hook, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
+};
+
+use super::{Fault, mounts};
+
+/// Character devices the guest has of its own, as (major, minor): null, zero, full, random, urandom, tty, console, ptmx, net/tun, fuse.
+const GUEST_DEVICES: [(i64, i64); 10] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+
+/// Finds the first fault of a spec.
+pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
+    version(spec.version())?;
+    for (field, present) in [
+        ("solaris", spec.solaris().is_some()),
+        ("windows", spec.windows().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ] {
+        refuse(present, field, "is not supported: kvrun runs Linux containers in machines it configures itself; remove it")?;
+    }
+    let root = spec.root().as_ref().ok_or_else(|| Fault::new("root", "is missing: root.path must name the root file system"))?;
+    refuse(root.path().as_os_str().is_empty(), "root.path", "is missing or empty: it must name the root file system")?;
+    let process = spec.process().as_ref();
+    process_fields(process.ok_or_else(|| Fault::new("process", "is missing: it must say what to run"))?)?;
+    mounts::check(spec)?;
+    hooks(spec)?;
+    linux(spec.linux().as_ref().ok_or_else(|| Fault::new("linux", "is missing: kvrun runs Linux containers"))?)
+}
+
+/// An error if `wrong`.
+fn refuse(wrong: bool, field: impl Into<String>, problem: impl Into<String>) -> Result<(), Fault> {
+    if wrong { Err(Fault::new(field, problem)) } else { Ok(()) }
+}
+
+/// config.md, "Specification version": semantic versioning, of which the major version says whether it is compatible.
+fn version(version: &str) -> Result<(), Fault> {
+    refuse(version.is_empty(), "ociVersion", "is missing: it must be the version of the OCI runtime-spec, such as \"1.2.0\"")?;
+    let core = version.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Vec<Option<u32>> = core.split('.').map(|n| n.parse().ok()).collect();
+    let [Some(major), Some(_), Some(_)] = numbers[..] else {
+        return Err(Fault::new("ociVersion", format!("{version:?} is not a version: it must be such as \"1.2.0\"")));
+    };
+    refuse(major != 1, "ociVersion", format!("{version:?} is not supported: kvrun supports 1.x.y"))
+}
+
+fn process_fields(process: &Process) -> Result<(), Fault> {
+    let args = process.args().as_deref().unwrap_or_default();
+    refuse(args.is_empty(), "process.args", "is missing or empty: it must say what to run")?;
+    refuse(args[0].is_empty(), "process.args[0]", "is empty: it must name the program to run")?;
+    for (index, arg) in args.iter().enumerate() {
+        refuse(arg.contains('\0'), format!("process.args[{index}]"), "contains a NUL character")?;
+    }
+    let cwd = process.cwd();
+    refuse(!cwd.is_absolute(), "process.cwd", format!("{cwd:?} is not absolute: it must start with /"))?;
+    for (index, variable) in process.env().iter().flatten().enumerate() {
+        let valid = variable.find('=').is_some_and(|at| at > 0) && !variable.contains('\0');
+        refuse(!valid, format!("process.env[{index}]"), "is not of the form NAME=value")?;
+    }
+    refuse(process.user().username().is_some(), "process.user.username", "is for Windows; use process.user.uid")?;
+    refuse(process.command_line().is_some(), "process.commandLine", "is for Windows; use process.args")?;
+    let label = process.selinux_label().as_deref().unwrap_or_default();
+    refuse(!label.is_empty(), "process.selinuxLabel", "is set, but the guest kernel has no SELinux; remove it")?;
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    let confined = !profile.is_empty() && profile != "unconfined";
+    refuse(confined, "process.apparmorProfile", "is set, but the guest kernel has no AppArmor; remove it")?;
+    refuse(process.exec_cpu_affinity().is_some(), "process.execCPUAffinity", "is not supported; remove it")
+}
+
+fn hooks(spec: &Spec) -> Result<(), Fault> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    #[allow(deprecated, reason = "to be refused it must be looked at")]
+    let prestart = hooks.prestart();
+    let all = [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (name, list) in all {
+        if let Some(first) = list.iter().flatten().map(Hook::path).next() {
+            let problem = format!("has the hook {}, but hooks are not supported yet; remove it", first.display());
+            return Err(Fault::new(format!("hooks.{name}"), problem));
+        }
+    }
+    Ok(())
+}
+
+fn linux(linux: &Linux) -> Result<(), Fault> {
+    namespaces(linux)?;
+    devices(linux)?;
+    if let Some(resources) = linux.resources() {
+        limits(resources)?;
+    }
+    if let Some(path) = linux.cgroups_path().as_deref().filter(|p| !p.as_os_str().is_empty()) {
+        crate::cgroup::relative(path).map_err(|e| {
+            // The field is in the message already.
+            let message = e.to_string();
+            Fault::new("linux.cgroupsPath", message.strip_prefix("linux.cgroupsPath ").unwrap_or(&message).to_owned())
+        })?;
+    }
+    if let Some(seccomp) = linux.seccomp() {
+        let notifies = seccomp.default_action() == LinuxSeccompAction::ScmpActNotify
+            || seccomp.syscalls().iter().flatten().any(|s| s.action() == LinuxSeccompAction::ScmpActNotify);
+        let problem = "asks for a seccomp agent on the host, which cannot serve a guest; remove SCMP_ACT_NOTIFY and listenerPath";
+        refuse(notifies || seccomp.listener_path().is_some(), "linux.seccomp", problem)?;
+    }
+    let label = linux.mount_label().as_deref().unwrap_or_default();
+    refuse(!label.is_empty(), "linux.mountLabel", "is set, but the guest kernel has no SELinux; remove it")?;
+    refuse(linux.intel_rdt().is_some(), "linux.intelRdt", "is not supported: the guest has no resctrl; remove it")?;
+    refuse(linux.memory_policy().is_some(), "linux.memoryPolicy", "is not supported: the guest has one NUMA node; remove it")?;
+    let devices = linux.net_devices().as_ref().is_some_and(|d| !d.is_empty());
+    refuse(devices, "linux.netDevices", "is not supported: a host network device cannot be moved into the guest; remove it")?;
+    match linux.rootfs_propagation().as_deref() {
+        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => Ok(()),
+        Some(propagation @ ("shared" | "rshared")) => {
+            let problem = format!("{propagation:?} is not supported: a mount made in the guest cannot appear on the host; use rslave");
+            Err(Fault::new("linux.rootfsPropagation", problem))
+        }
+        Some(other) => {
+            let problem = format!("{other:?} is not a propagation: it must be one of private, rprivate, slave, rslave, unbindable");
+            Err(Fault::new("linux.rootfsPropagation", problem))
+        }
+    }
+}
+
+fn namespaces(linux: &Linux) -> Result<(), Fault> {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    for (index, namespace) in namespaces.iter().enumerate() {
+        let field = format!("linux.namespaces[{index}]");
+        if let Some(path) = namespace.path().as_deref().filter(|p| *p != Path::new("")) {
+            let problem = format!(
+                "{} names a namespace of the host ({}), which a guest cannot join; remove it for a new namespace",
+                path.display(),
+                namespace.typ()
+            );
+            return Err(Fault::new(format!("{field}.path"), problem));
+        }
+        // config-linux.md, "Namespaces": a duplicate is an error.
+        let twice = namespaces[..index].iter().any(|earlier| earlier.typ() == namespace.typ());
+        refuse(twice, format!("{field}.type"), format!("{} is there twice; remove one", namespace.typ()))?;
+    }
+    let has = |typ| namespaces.iter().any(|n| n.typ() == typ);
+    // Without them the container would be in the agent's own, with every other process and mount of the guest.
+    for typ in [LinuxNamespaceType::Mount, LinuxNamespaceType::Pid] {
+        let problem = format!("has no {typ} namespace, and the host's cannot be given to a guest; add {{\"type\": \"{typ}\"}}");
+        refuse(!has(typ), "linux.namespaces", problem)?;
+    }
+    Ok(())
+}
+
+fn devices(linux: &Linux) -> Result<(), Fault> {
+    for (index, device) in linux.devices().iter().flatten().enumerate() {
+        let field = format!("linux.devices[{index}]");
+        let path = device.path();
+        refuse(!path.is_absolute(), format!("{field}.path"), format!("{path:?} is not absolute: it must start with /"))?;
+        let in_guest = match device.typ() {
+            LinuxDeviceType::P => true,
+            LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.contains(&(device.major(), device.minor())),
+            _ => false,
+        };
+        let problem = format!(
+            "{} ({} {}:{}) is a device of the host, which the guest does not have; remove it",
+            path.display(),
+            device.typ().as_str(),
+            device.major(),
+            device.minor()
+        );
+        refuse(!in_guest, field, problem)?;
+    }
+    Ok(())
+}
+
+fn limits(resources: &LinuxResources) -> Result<(), Fault> {
+    if let Some(cpu) = resources.cpu() {
+        let problem = "names CPUs of the host, which kvrun cannot pin a guest to; use linux.resources.cpu.quota";
+        refuse(cpu.cpus().as_ref().is_some_and(|c| !c.is_empty()), "linux.resources.cpu.cpus", problem)?;
+        let problem = "names memory nodes of the host, which kvrun cannot bind a guest to; remove it";
+        refuse(cpu.mems().as_ref().is_some_and(|m| !m.is_empty()), "linux.resources.cpu.mems", problem)?;
+        let realtime = cpu.realtime_runtime().is_some_and(|r| r != 0) || cpu.realtime_period().is_some_and(|p| p != 0);
+        refuse(realtime, "linux.resources.cpu", "has realtimeRuntime or realtimePeriod, which cgroup v2 does not have; remove them")?;
+    }
+    if let Some(memory) = resources.memory() {
+        let disabled = memory.disable_oom_killer() == Some(true);
+        refuse(disabled, "linux.resources.memory.disableOOMKiller", "is true, which cgroup v2 does not have; remove it")?;
+    }
+    if let Some(io) = resources.block_io() {
+        let named = [
+            ("weightDevice", io.weight_device().as_ref().is_some_and(|l| !l.is_empty())),
+            ("throttleReadBpsDevice", io.throttle_read_bps_device().as_ref().is_some_and(|l| !l.is_empty())),
+            ("throttleWriteBpsDevice", io.throttle_write_bps_device().as_ref().is_some_and(|l| !l.is_empty())),
+            ("throttleReadIOPSDevice", io.throttle_read_iops_device().as_ref().is_some_and(|l| !l.is_empty())),
+            ("throttleWriteIOPSDevice", io.throttle_write_iops_device().as_ref().is_some_and(|l| !l.is_empty())),
+        ];
+        for (name, present) in named {
+            let problem = "names block devices of the host, which the guest does not have; remove it";
+            refuse(present, format!("linux.resources.blockIO.{name}"), problem)?;
+        }
+    }
+    let hugepages = resources.hugepage_limits().as_ref().is_some_and(|l| !l.is_empty());
+    refuse(hugepages, "linux.resources.hugepageLimits", "is not supported yet: the guest has no huge pages; remove it")?;
+    if let Some(network) = resources.network() {
+        let set = network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty());
+        refuse(set, "linux.resources.network", "has classID or priorities, which cgroup v2 does not have; remove them")?;
+    }
+    let rdma = resources.rdma().as_ref().is_some_and(|r| !r.is_empty());
+    refuse(rdma, "linux.resources.rdma", "is not supported: the guest has no RDMA devices; remove it")
+}

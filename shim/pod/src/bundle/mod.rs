@@ -1,0 +1,244 @@
+//! The OCI bundle: reads `config.json`, checks it, and opens what it names.
+//!
+//! Every byte is a stranger's. What is wrong, and what we cannot do, is refused in one line that names the field; nothing that has
+//! an effect is accepted and ignored. (Properties that the specification does not know are ignored, as it demands: config.md,
+//! "Extensibility".)
+//!
+//! * This file: reading, and opening the root file system and the sources of bind mounts, each exactly once.
+//! * [`check`]: the rules for what a spec may say.
+//! * [`mounts`]: the rules for its mounts.
+
+mod check;
+mod mounts;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+
+pub use mounts::Bind;
+pub use oci_spec::runtime::Spec;
+
+/// The largest `config.json` in bytes: ten times what engines write, seccomp profile included, and small enough for one message
+/// to the agent.
+pub const MAX_CONFIG: u64 = 1024 * 1024;
+
+/// What is wrong with a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// The bundle or its config cannot be opened.
+    #[error("bundle: {} cannot be opened; name a directory that contains config.json", path.display())]
+    Open {
+        /// The directory or the file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The config is no file we read.
+    #[error("{}: {problem}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The config is not JSON, or not of the specification's types.
+    #[error("{}: not a valid OCI config{}", path.display(), at(field))]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where in it; empty or `.` for the whole.
+        field: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field has a value it must not have, or asks for what we cannot do.
+    #[error("{}: {fault}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// Which, and what is wrong.
+        fault: Fault,
+    },
+    /// What a field names cannot be opened.
+    #[error("{}: {field}: {} cannot be opened", config.display(), path.display())]
+    Named {
+        /// The file.
+        config: PathBuf,
+        /// Which.
+        field: String,
+        /// What it names.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn at(field: &str) -> String {
+    if field.is_empty() || field == "." { String::new() } else { format!(", at {field}") }
+}
+
+/// A field, and what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field} {problem}")]
+pub struct Fault {
+    /// As a path in the document, for example `mounts[2].source`.
+    field: String,
+    /// The rest of the sentence.
+    problem: String,
+}
+
+impl Fault {
+    fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { field: field.into(), problem: problem.into() }
+    }
+}
+
+/// A bundle that was read and found good.
+#[derive(Debug)]
+pub struct Bundle {
+    path: PathBuf,
+    spec: Spec,
+    rootfs: OwnedFd,
+    rootfs_path: PathBuf,
+    binds: Vec<Bind>,
+}
+
+impl Bundle {
+    /// Reads the bundle in a directory.
+    ///
+    /// # Errors
+    /// [`BundleError`], one line that names the file, the field and what is wrong.
+    pub fn load(directory: &Path) -> Result<Self, BundleError> {
+        let open_error = |path: &Path| {
+            let path = path.to_owned();
+            move |e: rustix::io::Errno| BundleError::Open { path, source: e.into() }
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let bundle = openat(CWD, directory, flags, Mode::empty()).map_err(open_error(directory))?;
+        let config = directory.join("config.json");
+        // O_NONBLOCK: a FIFO must not make us wait for its writer.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = openat(&bundle, "config.json", flags, Mode::empty()).map_err(open_error(&config))?;
+        let bytes = read(&config, file.into())?;
+        let spec = parse(&config, &bytes)?;
+        let fault = |fault| BundleError::Field { path: config.clone(), fault };
+        check::check(&spec).map_err(fault)?;
+
+        let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+        let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root)?;
+        let rootfs_path = directory.join(&root);
+        if kind != FileType::Directory {
+            let problem = format!("{} is not a directory", rootfs_path.display());
+            return Err(fault(Fault::new("root.path", problem)));
+        }
+        let binds = mounts::open_binds(&config, bundle.as_fd(), &spec)?;
+        Ok(Self { path: directory.to_owned(), spec, rootfs, rootfs_path, binds })
+    }
+
+    /// Its directory, as given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its `config.json`.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// The root file system, open as a path only.
+    pub fn rootfs(&self) -> BorrowedFd<'_> {
+        self.rootfs.as_fd()
+    }
+
+    /// Where the root file system is, for messages.
+    pub fn rootfs_path(&self) -> &Path {
+        &self.rootfs_path
+    }
+
+    /// Whether the container must not change its root.
+    pub fn is_root_read_only(&self) -> bool {
+        self.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false)
+    }
+
+    /// The bind mounts among its mounts.
+    pub fn binds(&self) -> &[Bind] {
+        &self.binds
+    }
+
+    /// Whether the process has a terminal.
+    pub fn has_terminal(&self) -> bool {
+        self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal).unwrap_or(false)
+    }
+
+    /// Its memory limit in bytes, if it has one.
+    pub fn memory_limit(&self) -> Option<u64> {
+        let resources = self.spec.linux().as_ref()?.resources().as_ref()?;
+        u64::try_from(resources.memory().as_ref()?.limit()?).ok().filter(|limit| *limit > 0)
+    }
+
+    /// `linux.cgroupsPath`.
+    pub fn cgroups_path(&self) -> Option<&Path> {
+        self.spec.linux().as_ref()?.cgroups_path().as_deref().filter(|p| !p.as_os_str().is_empty())
+    }
+
+    /// Sets the size of the terminal the process starts with.
+    pub fn set_console_size(&mut self, rows: u16, columns: u16) {
+        let size = oci_spec::runtime::BoxBuilder::default().height(rows).width(columns).build();
+        if let (Some(process), Ok(size)) = (self.spec.process_mut(), size) {
+            process.set_console_size(Some(size));
+        }
+    }
+}
+
+fn read(config: &Path, file: File) -> Result<Vec<u8>, BundleError> {
+    let open_error = |source| BundleError::Open { path: config.to_owned(), source };
+    let problem = |problem| BundleError::Config { path: config.to_owned(), problem };
+    if !file.metadata().map_err(open_error)?.is_file() {
+        return Err(problem("not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_CONFIG + 1).read_to_end(&mut bytes).map_err(open_error)?;
+    if bytes.len() as u64 > MAX_CONFIG {
+        return Err(problem("larger than 1 MiB, which no OCI config is"));
+    }
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Err(problem("empty; it must hold an OCI config"));
+    }
+    Ok(bytes)
+}
+
+fn parse(config: &Path, bytes: &[u8]) -> Result<Spec, BundleError> {
+    let error = |field: String, source| BundleError::Json { path: config.to_owned(), field, source };
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let spec = serde_path_to_error::deserialize(&mut deserializer);
+    let spec = spec.map_err(|e| error(e.path().to_string(), e.into_inner()))?;
+    deserializer.end().map_err(|e| error(String::new(), e))?;
+    Ok(spec)
+}
+
+/// Opens what a field names, relative to the bundle (config.md, "Root", "Mounts"), as a path only, and tells what it is.
+fn open_named(
+    config: &Path,
+    bundle: BorrowedFd<'_>,
+    field: &str,
+    path: &Path,
+) -> Result<(OwnedFd, FileType), BundleError> {
+    let opened = openat(bundle, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|fd| fstat(&fd).map(|stat| (FileType::from_raw_mode(stat.st_mode), fd)));
+    match opened {
+        Ok((kind, fd)) => Ok((fd, kind)),
+        Err(e) => {
+            let (config, path) = (config.to_owned(), path.to_owned());
+            Err(BundleError::Named { config, field: field.to_owned(), path, source: e.into() })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,236 @@
+//! One micro-VM: from the spawn of its VMM to its end.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvrun_agent_api::{READY_PORT, RPC_PORT};
+use kvrun_vmm_api::config::FIRST_FREE_SLOT;
+use kvrun_vmm_api::{DeviceConfig, VmConfig};
+use rustix::fs::{Mode, OFlags};
+use tokio::time::timeout;
+use ttrpc::Code;
+
+use crate::agent::{Agent, AgentError};
+use crate::assets::Assets;
+use crate::container::{Container, CreateError, ProgramFault};
+use crate::container_id::ContainerId;
+use crate::share::{GUEST_SHARE_DIR, SHARE_TAG, Share};
+use crate::size::VmSize;
+use crate::stdio::{Planned, Stdio};
+use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
+
+/// The guest's kernel command line; the VMM appends the declaration of its slots. In order:
+///
+/// * `console=ttyS0 quiet`: the serial console is what a dead guest is explained by; every byte on it costs an exit, so only
+///   warnings and worse.
+/// * `panic=-1 reboot=k`: a panic resets the machine at once, by the keyboard controller, which the VMM notices.
+/// * `i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp`: the keyboard controller is there for that reset only; do not probe it.
+/// * `random.trust_cpu=on`: RDRAND seeds the generator, so that nothing waits for entropy.
+/// * `cryptomgr.notests nomodule`: no self-tests of ciphers, no modules.
+pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp \
+                                  random.trust_cpu=on cryptomgr.notests nomodule";
+
+/// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for five block devices or links.
+const SLOTS: u8 = 8;
+/// The slot of the share.
+const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
+/// How long a guest may take from its first instruction to an agent that answers. 0.1 s on hardware; an emulated machine
+/// with several guests at once takes tens of seconds.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a VMM whose guest has broken its connection may take to end by itself, for example because the guest panicked.
+pub(crate) const DEATH_GRACE: Duration = Duration::from_secs(2);
+
+/// What can go wrong with a virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// The host has no KVM, or we may not use it.
+    #[error("{}: {}", path.display(), kvm_hint(source))]
+    Kvm {
+        /// `/dev/kvm`.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The VMM would not build the machine.
+    #[error("boot the guest kernel {}", kernel.display())]
+    Boot {
+        /// The kernel.
+        kernel: PathBuf,
+        /// Why.
+        #[source]
+        source: VmmError,
+    },
+    /// The VMM failed.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The agent failed.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The machine ended before it should.
+    #[error("the virtual machine died: {0}")]
+    Died(Arc<VmEnd>),
+    /// The guest does not come up.
+    #[error("the guest was not ready within {} s", READY_TIMEOUT.as_secs())]
+    NotReady,
+}
+
+impl PodError {
+    /// If it is about the program to run: what. Only meaningful for the creation and the start of a container.
+    pub fn program_fault(&self) -> Option<ProgramFault> {
+        match self {
+            Self::Agent(AgentError::Refused { code: Code::NOT_FOUND, .. }) => Some(ProgramFault::NotFound),
+            Self::Agent(AgentError::Refused { code: Code::PERMISSION_DENIED, .. }) => Some(ProgramFault::NotExecutable),
+            _ => None,
+        }
+    }
+
+    /// If it is that the machine ended: how.
+    pub fn vm_end(&self) -> Option<&VmEnd> {
+        match self {
+            Self::Died(end)
+            | Self::Vmm(VmmError::Ended(end))
+            | Self::Boot { source: VmmError::Ended(end), .. } => Some(end),
+            _ => None,
+        }
+    }
+}
+
+fn kvm_hint(source: &io::Error) -> String {
+    match source.kind() {
+        io::ErrorKind::NotFound => "no such file: this host has no KVM; run `kvrun check`".into(),
+        io::ErrorKind::PermissionDenied => "permission denied: run as root or as a member of group kvm".into(),
+        _ => format!("{source}; run `kvrun check`"),
+    }
+}
+
+/// A machine whose guest boots.
+#[derive(Debug)]
+pub struct Starting {
+    vmm: Vmm,
+    booting: Booting,
+    ready: GuestConnection,
+    kernel: PathBuf,
+}
+
+impl Starting {
+    /// Starts the VMM and sends it the machine, without waiting for either. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// [`PodError`].
+    pub fn spawn(assets: &Assets, size: VmSize) -> Result<Self, PodError> {
+        let kvm = open_kvm()?;
+        let vmm = Vmm::spawn(&assets.vmm.path)?;
+        let config = VmConfig {
+            memory_mib: size.memory_mib,
+            vcpus: size.vcpus,
+            cmdline: KERNEL_CMDLINE.to_owned(),
+            slots: SLOTS,
+            vsock_listen: vec![READY_PORT],
+        };
+        tracing::debug!(memory_mib = size.memory_mib, vcpus = size.vcpus.boot, "booting");
+        let ready = vmm.expect(READY_PORT);
+        let booting = vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
+        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone() })
+    }
+
+    /// Gives the guest the share and waits for the agent.
+    ///
+    /// # Errors
+    /// [`PodError`]; the machine is then killed.
+    pub async fn ready(self, share: &Share) -> Result<Pod, PodError> {
+        let Self { vmm, booting, ready, kernel } = self;
+        booting.running().await.map_err(|source| match source {
+            VmmError::Ended(end) => PodError::Died(end),
+            source => PodError::Boot { kernel, source },
+        })?;
+        // The share is in its slot before the agent is there to bind it.
+        let device = DeviceConfig::Fs { tag: SHARE_TAG.to_owned(), read_only: false };
+        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[share.directory()]).await?) };
+        let answering = async {
+            timeout(READY_TIMEOUT, ready.accepted()).await.map_err(|_| PodError::NotReady)??;
+            tracing::debug!("the agent answers");
+            Ok(Agent::over(vmm.connect_async(RPC_PORT).await?))
+        };
+        let ((), agent) = match tokio::try_join!(attached, answering) {
+            Err(PodError::Vmm(VmmError::Ended(end))) => return Err(PodError::Died(end)),
+            result => result?,
+        };
+        let pod = Pod { vmm, agent };
+        pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
+        pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
+        Ok(pod)
+    }
+}
+
+fn open_kvm() -> Result<File, PodError> {
+    let path = PathBuf::from("/dev/kvm");
+    match rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => Ok(fd.into()),
+        Err(e) => Err(PodError::Kvm { path, source: e.into() }),
+    }
+}
+
+/// A running machine with an agent that answers. Dropping it kills the machine; [`Pod::shutdown`] ends it in order.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub(crate) vmm: Vmm,
+    pub(crate) agent: Agent,
+}
+
+impl Pod {
+    /// Creates a container from a spec whose paths are the guest's ([`Share::add`]), up to but not including its process.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    pub async fn create(
+        &self,
+        id: &ContainerId,
+        spec: &oci_spec::runtime::Spec,
+        stdio: Stdio,
+    ) -> Result<Container, CreateError> {
+        let spec_json = serde_json::to_vec(spec).map_err(CreateError::Serialize)?;
+        let planned = Planned::new(stdio)?;
+        let tokens = planned.tokens();
+        let created = self.or_death(self.agent.create(id, spec_json, tokens));
+        let (created, connected) = tokio::join!(created, planned.connect(&self.vmm));
+        // What the agent says comes first: it drops the streams of a container it refuses.
+        created?;
+        let copying = connected?;
+        Ok(Container::new(self.clone(), id.clone(), copying))
+    }
+
+    /// Ends the machine: in order if the guest answers within 2 s, and in any case within another second.
+    pub async fn shutdown(self) -> Arc<VmEnd> {
+        if let Err(error) = self.agent.shutdown().await {
+            tracing::debug!(%error, "the guest did not shut down");
+        }
+        self.vmm.stop().await
+    }
+
+    /// Why the machine has ended; waits for it.
+    pub async fn ended(&self) -> Arc<VmEnd> {
+        self.vmm.ended().await
+    }
+
+    /// Does a request to the agent, unless the machine dies first.
+    pub(crate) async fn or_death<T>(&self, request: impl Future<Output = Result<T, AgentError>>) -> Result<T, PodError> {
+        let result = tokio::select! {
+            biased;
+            result = request => result,
+            end = self.vmm.ended() => return Err(PodError::Died(end)),
+        };
+        match result {
+            Ok(value) => Ok(value),
+            // A connection breaks when the machine dies; its death is the better explanation, a moment later.
+            Err(error @ AgentError::Disconnected { .. }) => match timeout(DEATH_GRACE, self.vmm.ended()).await {
+                Ok(end) => Err(PodError::Died(end)),
+                Err(_) => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+}

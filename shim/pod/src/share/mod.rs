@@ -1,0 +1,236 @@
+//! The share: the one directory of the host that the guest sees, and all it sees.
+//!
+//! It is a small tmpfs of its own, in which each container has
+//!
+//! * `ID/rootfs`, where the bundle's root file system is bind-mounted;
+//! * `ID/mounts/N`, where the source of the spec's mount N is, if it is a bind mount.
+//!
+//! The guest has it mounted at [`GUEST_SHARE_DIR`]; [`Share::add`] rewrites a spec's paths accordingly.
+//!
+//! Contract:
+//! * The process is in a mount namespace of its own ([`enter_mount_namespace`]), so all these mounts vanish with it and the VMM, however they
+//!   end. Nothing is mounted in the host's namespace.
+//! * The VMM is given [`Share::directory`]; what is mounted there later appears to it.
+//! * No path is walked twice: trees are cloned from descriptors that were opened, and checked, when the bundle was read, and attached at
+//!   descriptors.
+//! * Read-only is enforced here, outside the guest, as the spec has it: `ro` for the mount itself (mount_setattr(2)), `rro`
+//!   for those below too. So is that no device node of the host can be opened through the share.
+//! * The tmpfs itself is read-only to the VMM: a guest cannot fill the host's memory through it.
+
+mod mount_points;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree, unmount,
+};
+
+use crate::bundle::{Bind, Bundle};
+use crate::container_id::ContainerId;
+use crate::sys::{self, MountAttr};
+
+pub use mount_points::MountPointError;
+
+/// The tag of the virtio-fs device.
+pub const SHARE_TAG: &str = "kvrun";
+/// Where the guest has the share.
+pub const GUEST_SHARE_DIR: &str = "/run/kvrun/share";
+
+/// What can go wrong with the share.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// The process has several threads, or may not.
+    #[error("enter a mount namespace; kvrun needs to run as root (CAP_SYS_ADMIN)")]
+    Namespace(#[source] io::Error),
+    /// A step of making the share failed.
+    #[error("{step}")]
+    Make {
+        /// Which.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// A directory of the host could not be put into it.
+    #[error("share {} with the guest", path.display())]
+    Attach {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A mount point does not exist in a read-only root and could not be made.
+    #[error(transparent)]
+    MountPoint(#[from] MountPointError),
+}
+
+/// Proof that the process is in a mount namespace of its own.
+#[derive(Debug)]
+pub struct MountNamespace(());
+
+/// Puts the process into a mount namespace of its own, into which the host's later mounts still arrive. To be called while there is one
+/// thread.
+///
+/// # Errors
+/// [`ShareError::Namespace`].
+pub fn enter_mount_namespace() -> Result<MountNamespace, ShareError> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(ShareError::Namespace)?.count();
+    if threads != 1 {
+        // Only the calling thread would change.
+        return Err(ShareError::Namespace(io::Error::other(format!("there are {threads} threads instead of one"))));
+    }
+    sys::unshare_mount_namespace().map_err(ShareError::Namespace)?;
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", slave).map_err(|e| ShareError::Namespace(e.into()))?;
+    Ok(MountNamespace(()))
+}
+
+/// The share of one pod. Dropping it unmounts it.
+#[derive(Debug)]
+pub struct Share {
+    /// The tmpfs as everybody sees it: read-only, and with everything that is mounted in it.
+    root: OwnedFd,
+    /// The same tmpfs, writable and without the mounts in it; not attached anywhere.
+    writable: OwnedFd,
+    _mounted: Mounted,
+}
+
+/// Unmounts what is mounted at a path when dropped.
+#[derive(Debug)]
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // With everything below it; whoever still has it open keeps it until then.
+        if let Err(error) = unmount(&self.0, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            tracing::warn!(path = %self.0.display(), %error, "unmount the share");
+        }
+    }
+}
+
+impl Share {
+    /// Mounts an empty share at `path`, an empty directory.
+    ///
+    /// # Errors
+    /// [`ShareError`].
+    pub fn mount(_: &MountNamespace, path: &Path) -> Result<Self, ShareError> {
+        let step = |step| move |source| ShareError::Make { step, source };
+        let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("open a tmpfs for the share"))?;
+        // Mount points have no contents; the number of inodes bounds what a spec with many mounts costs.
+        for (key, value) in [("source", "kvrun"), ("mode", "0755"), ("size", "4k"), ("nr_inodes", "8k")] {
+            fsconfig_set_string(&fs, key, value).map_err(step("configure the tmpfs for the share"))?;
+        }
+        fsconfig_create(&fs).map_err(step("create the tmpfs for the share"))?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        let root = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("mount the share"))?;
+        move_mount(&root, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(step("mount the share"))?;
+        let mounted = Mounted(path.to_owned());
+        let writable = clone_tree(root.as_fd(), false).map_err(step("clone the share"))?;
+        // Shared, so that a mount namespace the VMM makes for itself receives what is mounted here later.
+        let read_only = MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED };
+        sys::mount_setattr(&root, false, read_only)
+            .map_err(|source| ShareError::Attach { path: path.to_owned(), source })?;
+        Ok(Self { root, writable, _mounted: mounted })
+    }
+
+    /// The directory that the VMM serves.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Adds what a container needs, and returns its spec with the paths the guest has for it.
+    ///
+    /// # Errors
+    /// [`ShareError`].
+    pub fn add(&self, id: &ContainerId, bundle: &Bundle) -> Result<Spec, ShareError> {
+        let mut spec = bundle.spec().clone();
+        let guest = Path::new(GUEST_SHARE_DIR).join(id.as_str());
+        let step = |step| move |source| ShareError::Make { step, source };
+        self.make_directory(id.as_str()).map_err(step("make the container's directory in the share"))?;
+
+        let rootfs = format!("{id}/rootfs");
+        self.make_directory(&rootfs).map_err(step("make the root directory in the share"))?;
+        let attach_root = |source| ShareError::Attach { path: bundle.rootfs_path().to_owned(), source };
+        let tree = clone_tree(bundle.rootfs(), true).map_err(|e| attach_root(e.into()))?;
+        if bundle.is_root_read_only() {
+            mount_points::make(tree.as_fd(), bundle)?;
+        }
+        restrict(&tree, bundle.is_root_read_only(), false, false).map_err(attach_root)?;
+        self.attach(&tree, &rootfs).map_err(attach_root)?;
+        if let Some(root) = spec.root_mut() {
+            root.set_path(guest.join("rootfs"));
+        }
+
+        self.make_directory(&format!("{id}/mounts")).map_err(step("make the mounts directory in the share"))?;
+        for bind in bundle.binds() {
+            let place = format!("mounts/{}", bind.index());
+            self.add_bind(bind, &format!("{id}/{place}"))
+                .map_err(|source| ShareError::Attach { path: bind.path().to_owned(), source })?;
+            if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
+                mount.set_source(Some(guest.join(place)));
+            }
+        }
+        Ok(spec)
+    }
+
+    fn add_bind(&self, bind: &Bind, place: &str) -> io::Result<()> {
+        if bind.is_directory() {
+            self.make_directory(place)?;
+        } else {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            rustix::fs::openat(&self.writable, place, flags, Mode::from_raw_mode(0o644))?;
+        }
+        let tree = clone_tree(bind.source(), bind.is_recursive())?;
+        restrict(&tree, bind.is_read_only(), bind.is_recursively_read_only(), bind.follows_host())?;
+        self.attach(&tree, place)
+    }
+
+    fn make_directory(&self, place: &str) -> Result<(), Errno> {
+        rustix::fs::mkdirat(&self.writable, place, Mode::from_raw_mode(0o755))
+    }
+
+    fn attach(&self, tree: &OwnedFd, place: &str) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let target = rustix::fs::openat2(&self.root, place, flags, Mode::empty(), resolve)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        Ok(move_mount(tree, "", &target, "", flags)?)
+    }
+}
+
+/// A copy, attached nowhere, of the mount that `directory` is in, from there down.
+fn clone_tree(directory: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    open_tree(directory, "", flags)
+}
+
+/// Sets what holds for a tree whatever the guest does.
+fn restrict(tree: &OwnedFd, read_only: bool, recursively_read_only: bool, follows_host: bool) -> io::Result<()> {
+    // A device node in the tree is a node of the guest's for the guest; the VMM must not be led to open the host's.
+    let set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    // Mounts made on the host below the source arrive only where the spec asks for it with `slave` or `rslave`.
+    let propagation = if follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    sys::mount_setattr(tree, true, MountAttr { set, propagation })?;
+    if read_only || recursively_read_only {
+        sys::mount_setattr(tree, recursively_read_only, MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 })?;
+    }
+    Ok(())
+}
+
+/// Whether a file may be shared as the source of a bind mount.
+pub(crate) fn is_shareable(kind: FileType) -> bool {
+    matches!(kind, FileType::Directory | FileType::RegularFile)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,126 @@
+//! How large a virtual machine a bundle asks for.
+//!
+//! * **vCPUs**: `linux.resources.cpu.quota / period`, rounded up (so that a container allowed 1.5 CPUs can use them), else 1.
+//!   All are started at boot. No more than [`MAX_VCPUS`]. More than the host has is allowed: CPUs may be over-committed.
+//! * **Memory**: without `linux.resources.memory.limit`, [`DEFAULT_MEMORY_MIB`]. With one, the limit plus what the guest itself
+//!   needs: 64 MiB for kernel, initramfs, agent and page cache of its own, and 1/32 of the limit for what the kernel
+//!   keeps per page of memory (64 bytes of `struct page` for every 4 KiB is 1/64; the hash tables sized by memory and reclaim's
+//!   reserves are the rest). So the limit is reached, and reported, in the container's cgroup before the machine
+//!   itself runs out. Rounded up to 2 MiB, so that huge pages fit; at least [`MIN_MEMORY_MIB`].
+//!
+//! Guest memory costs nothing on the host before the guest touches it.
+
+use kvrun_vmm_api::VcpuConfig;
+use kvrun_vmm_api::config::{MAX_MEMORY_MIB, MAX_VCPUS};
+use oci_spec::runtime::Spec;
+
+/// Memory of a machine whose container has no limit, in MiB: the least that common server software starts in.
+pub const DEFAULT_MEMORY_MIB: u32 = 512;
+/// The smallest machine we start, in MiB: a smaller one saves the host nothing and leaves the guest no page cache.
+pub const MIN_MEMORY_MIB: u32 = 128;
+/// What the guest's kernel and agent need beside the container, in MiB.
+const OVERHEAD_MIB: u64 = 64;
+/// The kernel's default CFS period in microseconds (`default_cfs_period`, Linux 6.12 kernel/sched/fair.c).
+const DEFAULT_PERIOD_US: u64 = 100_000;
+
+/// The bundle asks for a machine that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SizeError {
+    /// Too many CPUs.
+    #[error("linux.resources.cpu.quota {quota} with period {period} asks for {cpus} CPUs: a virtual machine has at most {MAX_VCPUS}, lower the quota")]
+    Vcpus {
+        /// Microseconds per period.
+        quota: u64,
+        /// Microseconds.
+        period: u64,
+        /// What they come to.
+        cpus: u64,
+    },
+    /// A period of nothing.
+    #[error("linux.resources.cpu.period is 0: leave it out or set it to 1000 to 1000000 microseconds")]
+    Period,
+    /// Too much memory.
+    #[error("linux.resources.memory.limit {limit} is more than a virtual machine can have ({MAX_MEMORY_MIB} MiB with its overhead): lower it, or leave it out for the default")]
+    Memory {
+        /// Bytes.
+        limit: u64,
+    },
+}
+
+/// The size of a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    /// Virtual CPUs.
+    pub vcpus: VcpuConfig,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl VmSize {
+    /// The size for a machine with the container of this spec alone; see the module's documentation.
+    ///
+    /// # Errors
+    /// [`SizeError`] when it is beyond what a virtual machine can have.
+    pub fn for_spec(spec: &Spec) -> Result<Self, SizeError> {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let cpu = resources.and_then(|r| r.cpu().as_ref());
+        let limit = resources.and_then(|r| r.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
+        let vcpus = vcpus(cpu.and_then(oci_spec::runtime::LinuxCpu::quota), cpu.and_then(oci_spec::runtime::LinuxCpu::period))?;
+        Ok(Self { vcpus: VcpuConfig { boot: vcpus, max: vcpus }, memory_mib: memory_mib(limit)? })
+    }
+}
+
+fn vcpus(quota: Option<i64>, period: Option<u64>) -> Result<u8, SizeError> {
+    let period = period.unwrap_or(DEFAULT_PERIOD_US);
+    if period == 0 {
+        return Err(SizeError::Period);
+    }
+    // cgroup v1's -1, like 0 and absence, is "no limit" (config-linux.md, CPU).
+    let Some(quota) = quota.and_then(|q| u64::try_from(q).ok()).filter(|q| *q > 0) else { return Ok(1) };
+    let cpus = quota.div_ceil(period);
+    u8::try_from(cpus).ok().filter(|c| *c <= MAX_VCPUS).ok_or(SizeError::Vcpus { quota, period, cpus })
+}
+
+fn memory_mib(limit: Option<i64>) -> Result<u32, SizeError> {
+    // -1 is "no limit" (config-linux.md, Memory).
+    let Some(limit) = limit.and_then(|l| u64::try_from(l).ok()).filter(|l| *l > 0) else {
+        return Ok(DEFAULT_MEMORY_MIB);
+    };
+    let limit_mib = limit.div_ceil(1 << 20);
+    let total = (limit_mib + limit_mib / 32 + OVERHEAD_MIB).next_multiple_of(2);
+    let total = u32::try_from(total).ok().filter(|t| *t <= MAX_MEMORY_MIB).ok_or(SizeError::Memory { limit })?;
+    Ok(total.max(MIN_MEMORY_MIB))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quota_is_rounded_up_to_whole_cpus() {
+        assert_eq!(vcpus(None, None), Ok(1));
+        assert_eq!(vcpus(Some(-1), Some(100_000)), Ok(1));
+        assert_eq!(vcpus(Some(1), Some(100_000)), Ok(1));
+        assert_eq!(vcpus(Some(150_000), None), Ok(2));
+        assert_eq!(vcpus(Some(200_000), Some(100_000)), Ok(2));
+        assert_eq!(vcpus(Some(3_200_000), Some(100_000)), Ok(32));
+    }
+
+    #[test]
+    fn impossible_cpus_are_refused() {
+        assert!(matches!(vcpus(Some(3_200_001), Some(100_000)), Err(SizeError::Vcpus { cpus: 33, .. })));
+        assert!(matches!(vcpus(Some(i64::MAX), Some(1)), Err(SizeError::Vcpus { .. })));
+        assert_eq!(vcpus(Some(1), Some(0)), Err(SizeError::Period));
+    }
+
+    #[test]
+    fn memory_limit_gets_the_guests_own_need_on_top() {
+        assert_eq!(memory_mib(None), Ok(512));
+        assert_eq!(memory_mib(Some(-1)), Ok(512));
+        assert_eq!(memory_mib(Some(1)), Ok(128));
+        assert_eq!(memory_mib(Some(64 << 20)), Ok(130));
+        assert_eq!(memory_mib(Some(512 << 20)), Ok(592));
+        assert!(matches!(memory_mib(Some(i64::MAX)), Err(SizeError::Memory { .. })));
+        assert!(matches!(memory_mib(Some(1 << 40)), Err(SizeError::Memory { .. })));
+    }
+}

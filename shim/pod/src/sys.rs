@@ -1,0 +1,53 @@
+//! System calls that have no safe wrapper in the crates we use. The only unsafe code of this crate beside the VMM's `pre_exec`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// What [`mount_setattr`] changes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MountAttr {
+    /// `MOUNT_ATTR_*` to set.
+    pub(crate) set: u64,
+    /// `MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE` or 0 for no change.
+    pub(crate) propagation: u64,
+}
+
+/// mount_setattr(2) on the mount that `mount` is the root of, and on those below it if `recursive`.
+pub(crate) fn mount_setattr(mount: impl AsFd, recursive: bool, attr: MountAttr) -> io::Result<()> {
+    let attr = libc::mount_attr { attr_set: attr.set, attr_clr: 0, propagation: attr.propagation, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the descriptor is open while it is borrowed; the path is a C string; the kernel reads `attr` of the length given and
+    // keeps no pointer.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Puts this thread, which must be the only one of the process, into a mount namespace of its own.
+pub(crate) fn unshare_mount_namespace() -> io::Result<()> {
+    // SAFETY: CLONE_NEWNS does not unshare the table of descriptors, which is what makes the call unsafe.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.map_err(Into::into)
+}
+
+/// In the child of a fork: `control` becomes descriptor `target`, and everything above it is closed by the coming exec.
+///
+/// `control` must be above `target`. Async-signal-safe.
+pub(crate) fn keep_one_descriptor(control: i32, target: i32) -> io::Result<()> {
+    // SAFETY: plain system calls on numbers; `target` belongs to nobody in the child, which execs or exits next.
+    let result = unsafe { libc::dup2(control, target) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let (first, last) = (target.unsigned_abs() + 1, u32::MAX);
+    // SAFETY: as above; CLOSE_RANGE_CLOEXEC only sets flags.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,126 @@
+//! The death of the VMM: noticed by its pidfd, explained by its last words.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kvrun_vmm_api::ExitReason;
+use rustix::process::{Signal, pidfd_send_signal};
+use tokio::io::AsyncReadExt;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::process::{Child, Status, reap};
+use super::{Closed, Control};
+use crate::text;
+
+/// How long a VMM that has closed its control socket may take to end, and its last words to arrive after its end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How much of the VMM's standard error is kept, in bytes.
+const STDERR_TAIL: usize = 4 * 1024;
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Death {
+    /// The VMM said so.
+    #[error("{}", text::one_line(&.0.to_string(), 500))]
+    Reported(ExitReason),
+    /// The VMM was killed.
+    #[error("the VMM was killed by signal {0}")]
+    Signaled(i32),
+    /// The VMM ended without a word.
+    #[error("the VMM ended unexpectedly with exit code {0}")]
+    Exited(i32),
+    /// The VMM ended, and somebody else took its exit code.
+    #[error("the VMM ended unexpectedly")]
+    Unknown,
+    /// We have killed the VMM.
+    #[error("it was killed because {0}")]
+    Killed(&'static str),
+}
+
+/// The end of a machine.
+#[derive(Clone, Debug)]
+pub struct VmEnd {
+    /// Why.
+    pub death: Death,
+    /// The last the guest wrote to its console. Hostile: clean it with [`text::lines`] before a person sees it.
+    pub console_tail: String,
+    /// The last the VMM wrote to its standard error, as hostile.
+    pub stderr_tail: String,
+}
+
+impl fmt::Display for VmEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.death.fmt(f)
+    }
+}
+
+/// Starts the task that reads the control socket and waits for the process.
+pub(super) fn watch(control: Arc<Control>, child: Child) -> io::Result<watch::Receiver<Option<Arc<VmEnd>>>> {
+    let (sender, receiver) = watch::channel(None);
+    let stderr = pipe::Receiver::from_owned_fd(child.stderr)?;
+    // SAFETY: an OwnedFd is one descriptor, open for as long as it lives, and it lives in here.
+    let pidfd = unsafe { AsyncFd::register_with_interest(child.pidfd, Interest::READABLE) }.map_err(io::Error::from)?;
+    tokio::spawn(async move {
+        let end = watch_until_end(&control, stderr, pidfd).await;
+        tracing::debug!(death = %end.death, "the VMM ended");
+        sender.send_replace(Some(Arc::new(end)));
+    });
+    Ok(receiver)
+}
+
+async fn watch_until_end(control: &Control, stderr: pipe::Receiver, pidfd: AsyncFd<OwnedFd>) -> VmEnd {
+    let tail = Arc::new(Mutex::new(VecDeque::new()));
+    let mut stderr = tokio::spawn(keep_tail(stderr, Arc::clone(&tail)));
+    let mut receive = pin!(control.receive());
+    let ended = || async { pidfd.readable().await.map(drop) };
+
+    // Either may be first: the process dies, or it closes its socket.
+    let closed = tokio::select! {
+        closed = &mut receive => {
+            if matches!(closed, Closed::Violation(_)) || timeout(LAST_WORDS, ended()).await.is_err() {
+                let _ = pidfd_send_signal(pidfd.get_ref(), Signal::KILL);
+                let _ = ended().await;
+            }
+            closed
+        }
+        _ = ended() => timeout(LAST_WORDS, &mut receive).await.unwrap_or(Closed::ByPeer(None)),
+    };
+    let status = reap(pidfd.get_ref());
+    let _ = timeout(LAST_WORDS, &mut stderr).await;
+    stderr.abort();
+
+    let stderr_tail = {
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(tail.make_contiguous()).into_owned()
+    };
+    let killed = control.waiting().killed;
+    let (death, console_tail) = match (closed, status) {
+        (Closed::Violation(what), _) => (Death::Killed(what), String::new()),
+        (Closed::ByPeer(Some((reason, console_tail))), _) => (Death::Reported(reason), console_tail),
+        (Closed::ByPeer(None), _) if killed.is_some() => (Death::Killed(killed.unwrap_or_default()), String::new()),
+        (Closed::ByPeer(None), Status::Signaled(signal)) => (Death::Signaled(signal), String::new()),
+        (Closed::ByPeer(None), Status::Exited(code)) => (Death::Exited(code), String::new()),
+        (Closed::ByPeer(None), Status::Unknown) => (Death::Unknown, String::new()),
+    };
+    VmEnd { death, console_tail, stderr_tail }
+}
+
+/// Reads to the end and keeps the last [`STDERR_TAIL`] bytes, so that the writer never waits and our memory is bounded.
+async fn keep_tail(mut from: pipe::Receiver, tail: Arc<Mutex<VecDeque<u8>>>) {
+    let mut buffer = vec![0; 1024];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend(&buffer[..n]);
+        let excess = tail.len().saturating_sub(STDERR_TAIL);
+        tail.drain(..excess);
+    }
+}

@@ -1,0 +1,110 @@
+//! Starting the VMM process, and making sure that it ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use kvrun_vmm_api::CONTROL_FD;
+use nix::sys::signal::SigSet;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+
+use crate::sys;
+
+/// A child that was started and not yet waited for.
+#[derive(Debug)]
+pub(super) struct Child {
+    /// Refers to it until it is reaped.
+    pub(super) pidfd: OwnedFd,
+    /// The reading end of its standard error, non-blocking.
+    pub(super) stderr: OwnedFd,
+}
+
+/// Starts `program` with an empty environment, `control` as descriptor [`CONTROL_FD`], a pipe as standard error, `/dev/null` as
+/// standard input and output, and no other descriptor.
+pub(super) fn spawn(program: &Path, control: OwnedFd) -> io::Result<Child> {
+    // Two descriptors must not be on the number the control socket is to have: the socket itself (dup2 onto itself would leave it
+    // close-on-exec), and the pipe by which the standard library reports a failed exec (it would be overwritten). So
+    // that number and those below it are taken while the child is made.
+    let mut placeholders = vec![File::open("/dev/null")?];
+    while placeholders.last().is_some_and(|f| f.as_raw_fd() <= CONTROL_FD) {
+        placeholders.push(File::open("/dev/null")?);
+    }
+    let control = rustix::io::fcntl_dupfd_cloexec(&control, CONTROL_FD + 1)?;
+    let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&stderr, true)?;
+
+    let mut command = Command::new(program);
+    command.arg0("kvrun-vmm").env_clear().current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(theirs));
+    let control_fd = control.as_raw_fd();
+    // SAFETY: the closure only makes async-signal-safe system calls and does not allocate.
+    unsafe {
+        command.pre_exec(move || {
+            // A session of its own: signals the terminal sends to our process group are ours to forward, and must not kill the
+            // machine.
+            rustix::process::setsid()?;
+            // We may have blocked signals to read them from a descriptor; a mask survives exec.
+            SigSet::empty().thread_set_mask()?;
+            sys::keep_one_descriptor(control_fd, CONTROL_FD)
+        });
+    }
+    let child = command.spawn()?;
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+    // The child is not reaped yet, so its number is still its own.
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(Child { pidfd, stderr })
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Status {
+    /// Exited with this code.
+    Exited(i32),
+    /// Killed by this signal.
+    Signaled(i32),
+    /// Somebody else reaped it.
+    Unknown,
+}
+
+/// Reaps the child, which has ended or is about to; blocks until then.
+pub(super) fn reap(pidfd: &OwnedFd) -> Status {
+    loop {
+        match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {
+            Ok(Some(status)) => {
+                let code = status.exit_status().map(Status::Exited);
+                return code.or(status.terminating_signal().map(Status::Signaled)).unwrap_or(Status::Unknown);
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            // ECHILD: reaped already.
+            Ok(None) | Err(_) => return Status::Unknown,
+        }
+    }
+}
+
+/// Kills and reaps the process when dropped, whatever became of those who watch it.
+#[derive(Debug)]
+pub(super) struct Guard {
+    pidfd: OwnedFd,
+}
+
+impl Guard {
+    pub(super) fn new(child: &Child) -> io::Result<Self> {
+        Ok(Self { pidfd: child.pidfd.try_clone()? })
+    }
+
+    pub(super) fn kill(&self) {
+        // It may have ended already; there is no other error for a child of ours.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.kill();
+        reap(&self.pidfd);
+    }
+}
