@@ -9,6 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::error::Error;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -99,6 +100,9 @@ struct Ring {
     free: VecDeque<u16>,
     chains: HashMap<u16, Vec<u16>>,
     used_seen: u16,
+    event_idx: bool,
+    /// How many chains had been offered when the driver last thought of a kick.
+    kick_considered: u16,
 }
 
 /// A driver with as many queues as its device has.
@@ -113,7 +117,8 @@ impl MockDriver {
     /// A driver with one queue of each size.
     pub(crate) fn new(sizes: &[u16]) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
-        let mut driver = Self { mem: Arc::new(mem), interrupt: Arc::default(), rings: Vec::new(), heap: HEAP };
+        let mut driver =
+            Self { mem: Arc::new(mem), interrupt: Arc::default(), rings: Vec::new(), heap: HEAP };
         let mut at = 0x1000;
         for &size in sizes {
             let table = at;
@@ -122,7 +127,18 @@ impl MockDriver {
             at = (used + u64::from(size) * 8 + 6).next_multiple_of(16);
             let kick = EventFd::new(EFD_NONBLOCK).unwrap();
             let (free, chains) = ((0..size).collect(), HashMap::new());
-            driver.rings.push(Ring { size, table, avail, used, kick, free, chains, used_seen: 0 });
+            driver.rings.push(Ring {
+                size,
+                table,
+                avail,
+                used,
+                kick,
+                free,
+                chains,
+                used_seen: 0,
+                event_idx: false,
+                kick_considered: 0,
+            });
         }
         assert!(at < HEAP);
         driver
@@ -138,6 +154,8 @@ impl MockDriver {
             ring.free = (0..ring.size).collect();
             ring.chains.clear();
             ring.used_seen = 0;
+            ring.event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+            ring.kick_considered = 0;
             for field in [ring.avail, ring.used] {
                 self.mem.write_obj(0u32, GuestAddress(field)).unwrap();
             }
@@ -145,7 +163,7 @@ impl MockDriver {
             queue.set_desc_table_address(Some(ring.table as u32), Some(0));
             queue.set_avail_ring_address(Some(ring.avail as u32), Some(0));
             queue.set_used_ring_address(Some(ring.used as u32), Some(0));
-            queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+            queue.set_event_idx(ring.event_idx);
             queue.set_ready(true);
             assert!(queue.is_valid(&*self.mem));
             queues.push(Some(VirtQueue::new(index as u16, queue, ring.kick.try_clone().unwrap())));
@@ -159,6 +177,16 @@ impl MockDriver {
         self.heap += (len as u64).next_multiple_of(16);
         assert!(self.heap <= MEMORY, "the test needs more guest memory");
         addr
+    }
+
+    /// Remembers which buffers there are.
+    pub(crate) fn mark(&self) -> u64 {
+        self.heap
+    }
+
+    /// Frees all buffers since the mark.
+    pub(crate) fn release(&mut self, mark: u64) {
+        self.heap = mark;
     }
 
     /// A buffer the device reads.
@@ -258,7 +286,15 @@ impl MockDriver {
     }
 
     /// Writes a descriptor of the queue's table.
-    pub(crate) fn set_descriptor(&self, queue: usize, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+    pub(crate) fn set_descriptor(
+        &self,
+        queue: usize,
+        index: u16,
+        addr: u64,
+        len: u32,
+        flags: u16,
+        next: u16,
+    ) {
         self.write(self.rings[queue].table + u64::from(index) * 16, &descriptor(addr, len, flags, next));
     }
 
@@ -278,7 +314,7 @@ impl MockDriver {
     /// Claims to have offered so many chains.
     pub(crate) fn set_avail_idx(&self, queue: usize, idx: u16) {
         let addr = GuestAddress(self.rings[queue].avail).checked_add(2).unwrap();
-        self.mem.store(idx, addr, std::sync::atomic::Ordering::Release).unwrap();
+        self.mem.store(idx, addr, Ordering::Release).unwrap();
     }
 
     /// Claims to have offered more chains than the queue can hold (virtio 1.3 s2.7.6).
@@ -291,6 +327,25 @@ impl MockDriver {
         self.rings[queue].kick.write(1).unwrap();
     }
 
+    /// Kicks the device as Linux does: only if it wants to be (virtio 1.3 s2.7.10).
+    pub(crate) fn kick_if_wanted(&mut self, queue: usize) {
+        let new = self.avail_idx(queue);
+        let ring = &mut self.rings[queue];
+        let old = std::mem::replace(&mut ring.kick_considered, new);
+        // What was offered must be seen by a device that this look at its wish still finds asleep.
+        fence(Ordering::SeqCst);
+        let wanted = if ring.event_idx {
+            let event = GuestAddress(ring.used + 4 + u64::from(ring.size) * 8);
+            let event: u16 = self.mem.load(event, Ordering::Relaxed).unwrap();
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.mem.load::<u16>(GuestAddress(ring.used), Ordering::Relaxed).unwrap() & 1 == 0
+        };
+        if wanted {
+            self.kick(queue);
+        }
+    }
+
     /// Whether the device has asked not to be kicked (virtio 1.3 s2.7.10).
     pub(crate) fn kicks_disabled(&self, queue: usize) -> bool {
         self.mem.read_obj::<u16>(GuestAddress(self.rings[queue].used)).unwrap() == 1
@@ -299,8 +354,7 @@ impl MockDriver {
     /// Takes the next used chain, if there is one: its head and how many bytes the device says it wrote.
     pub(crate) fn pop_used(&mut self, queue: usize) -> Option<(u16, u32)> {
         let ring = &mut self.rings[queue];
-        let idx: u16 =
-            self.mem.load(GuestAddress(ring.used + 2), std::sync::atomic::Ordering::Acquire).unwrap();
+        let idx: u16 = self.mem.load(GuestAddress(ring.used + 2), Ordering::Acquire).unwrap();
         if idx == ring.used_seen {
             return None;
         }
@@ -317,17 +371,23 @@ impl MockDriver {
     pub(crate) fn wait_used(&mut self, queue: usize) -> (u16, u32) {
         loop {
             let seen = self.interrupt.queue_count(queue as u16);
+            // virtio 1.3 s2.7.7: of interest only if the driver has accepted EVENT_IDX.
+            let ring = &self.rings[queue];
+            let event = GuestAddress(ring.avail + 4 + u64::from(ring.size) * 2);
+            self.mem.store(ring.used_seen, event, Ordering::Relaxed).unwrap();
+            fence(Ordering::SeqCst);
             if let Some(used) = self.pop_used(queue) {
                 return used;
             }
-            self.interrupt.wait("a used chain", |it| it.queues.get(&(queue as u16)).copied().unwrap_or(0) > seen);
+            self.interrupt
+                .wait("a used chain", |it| it.queues.get(&(queue as u16)).copied().unwrap_or(0) > seen);
         }
     }
 
     /// Sends bytes to the device with room for `room` bytes of an answer; waits for the answer, which must be the next chain
     /// to be used.
     pub(crate) fn request(&mut self, queue: usize, bytes: &[u8], room: usize) -> Vec<u8> {
-        let heap = self.heap;
+        let mark = self.mark();
         let (out, answer) = (self.readable(bytes), self.writable(room));
         let head = self.add(queue, &[out, answer]);
         self.kick(queue);
@@ -335,7 +395,7 @@ impl MockDriver {
         assert_eq!(used, head);
         assert!(len as usize <= room, "the device claims to have written {len} of {room} bytes");
         let answer = self.read(answer.addr, len as usize);
-        self.heap = heap;
+        self.release(mark);
         answer
     }
 }

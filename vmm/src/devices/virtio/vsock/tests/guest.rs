@@ -35,14 +35,21 @@ pub(super) struct Guest {
     /// Receive buffers on offer, by head.
     offered: HashMap<u16, Vec<Segment>>,
     tx: u64,
-    events: LoopHandle,
+    features: u64,
+    pub(super) events: LoopHandle,
     thread: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 impl Guest {
     /// A guest whose driver is up, with all the receive buffers the queue takes.
     pub(super) fn new() -> Self {
+        Self::with_features(0)
+    }
+
+    /// Likewise, with these features accepted.
+    pub(super) fn with_features(features: u64) -> Self {
         let mut guest = Self::asleep();
+        guest.features = features;
         guest.activate();
         guest.offer_all();
         guest
@@ -57,13 +64,13 @@ impl Guest {
         let (device, handle) = Vsock::new(events.clone(), CID, LISTEN.to_vec(), Box::new(on_accept)).unwrap();
         let driver = MockDriver::new(&QUEUE_SIZES);
         let offered = HashMap::new();
-        Self { driver, device, handle, accepted, offered, tx: 0, events, thread: Some(thread) }
+        Self { driver, device, handle, accepted, offered, tx: 0, features: 0, events, thread: Some(thread) }
     }
 
     /// Brings the driver up, without receive buffers.
     pub(super) fn activate(&mut self) {
         self.offered.clear();
-        let activation = self.driver.activation(0);
+        let activation = self.driver.activation(self.features);
         self.device.activate(activation).unwrap();
         self.tx = self.driver.alloc(HEADER_LEN + MAX_DATA);
     }
@@ -74,7 +81,7 @@ impl Guest {
             let buffer = self.driver.writable(RX_BUFFER);
             self.offer(vec![buffer]);
         }
-        self.driver.kick(RX);
+        self.driver.kick_if_wanted(RX);
     }
 
     /// Offers a receive buffer. Does not kick.
@@ -94,7 +101,7 @@ impl Guest {
     /// Sends a packet cut into these descriptors and waits until the device has taken it.
     pub(super) fn send_chain(&mut self, segments: &[Segment]) {
         let head = self.driver.add(TX, segments);
-        self.driver.kick(TX);
+        self.driver.kick_if_wanted(TX);
         assert_eq!(self.driver.wait_used(TX), (head, 0));
     }
 
@@ -102,7 +109,7 @@ impl Guest {
     pub(super) fn recv(&mut self) -> (Header, Vec<u8>) {
         let (packet, segments) = self.take();
         self.offer(segments);
-        self.driver.kick(RX);
+        self.driver.kick_if_wanted(RX);
         packet
     }
 
@@ -121,7 +128,7 @@ impl Guest {
         let used = self.driver.pop_used(RX)?;
         let (packet, segments) = self.unpack(used);
         self.offer(segments);
-        self.driver.kick(RX);
+        self.driver.kick_if_wanted(RX);
         Some(packet)
     }
 

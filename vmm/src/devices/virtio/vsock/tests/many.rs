@@ -5,6 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
 use super::guest::{CLOSED, Guest, LISTEN, MAX_DATA, Sock, TX, pattern};
 use crate::devices::virtio::vsock::connection::MAX_BURST;
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, SHUT_BOTH, SHUT_SEND, op};
@@ -13,8 +15,16 @@ use crate::devices::virtio::vsock::{ConnectError, QUEUE_SIZES};
 
 #[test]
 fn big_transfer_is_exact_both_ways_at_once() {
+    transfer(&mut Guest::new());
+}
+
+#[test]
+fn big_transfer_is_exact_with_event_indices() {
+    transfer(&mut Guest::with_features(1 << VIRTIO_RING_F_EVENT_IDX));
+}
+
+fn transfer(guest: &mut Guest) {
     const SIZE: usize = 8 << 20;
-    let mut guest = Guest::new();
     let (mut sock, stream) = guest.accept(1024);
     let (to_guest, to_host) = (pattern(SIZE, 1), pattern(SIZE, 2));
     let (mut reading, mut writing) = (stream.try_clone().unwrap(), stream);

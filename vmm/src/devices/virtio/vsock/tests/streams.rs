@@ -152,7 +152,9 @@ fn packets_may_be_cut_anywhere() {
     let header = Header { len: 100, ..sock.header(op::RW) };
     let mut bytes = header.encode().to_vec();
     bytes.extend(&data);
-    for cuts in [&[1, 2, 43, 44, 45][..], &[10, 50], &[44], &[143], &[20, 60, 100, 120]] {
+    // As many pieces as the queue is long: more than one system call takes.
+    let shreds: Vec<usize> = (1..128).collect();
+    for cuts in [&[1, 2, 43, 44, 45][..], &[10, 50], &[44], &[143], &[20, 60, 100, 120], &shreds] {
         let mut segments = Vec::new();
         let mut from = 0;
         for &to in cuts.iter().chain([&bytes.len()]) {
@@ -453,6 +455,16 @@ fn reset_closes_streams_and_answers_pending_connects() {
     guest.activate();
     guest.offer_all();
     guest.accept(1024);
+}
+
+#[test]
+fn end_of_the_loop_closes_streams_and_answers_pending_connects() {
+    let mut guest = Guest::new();
+    let (_, mut stream) = guest.accept(1024);
+    let (_, _pending, answer) = guest.requested(1025);
+    guest.events.quit();
+    assert_eq!(answer.recv().unwrap(), Err(ConnectError::Reset));
+    assert_end(&mut stream);
 }
 
 #[test]
