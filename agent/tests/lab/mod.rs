@@ -25,20 +25,20 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::context::Context;
 use ttrpc::r#async::Client;
 
-pub const ROOTFS: &str = "/run/kvrun/rootfs";
+pub(crate) const ROOTFS: &str = "/run/kvrun/rootfs";
 const RPC: &str = "/run/kvrun/rpc.sock";
 const STREAMS: &str = "/run/kvrun/streams.sock";
 
 /// `SIGCHLD` and wait are the process's, so one test at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-pub struct Lab {
-    pub agent: AgentClient,
-    pub service: AgentService,
+pub(crate) struct Lab {
+    pub(crate) agent: AgentClient,
+    pub(crate) service: AgentService,
 }
 
 /// Runs a test in a machine of its own.
-pub fn lab<F: Future<Output = ()>>(test: impl FnOnce(Lab) -> F) {
+pub(crate) fn lab<F: Future<Output = ()>>(test: impl FnOnce(Lab) -> F) {
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     prepare();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -74,7 +74,7 @@ fn prepare() {
 }
 
 /// A config: `sh -c SCRIPT` in namespaces of its own.
-pub fn config(script: &str) -> Value {
+pub(crate) fn config(script: &str) -> Value {
     let namespaces: Vec<Value> =
         ["pid", "mount", "ipc", "uts", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
     json!({
@@ -98,13 +98,13 @@ pub fn config(script: &str) -> Value {
 }
 
 /// One stdio stream, the engine's end.
-pub struct Stream {
-    pub token: u64,
-    pub socket: tokio::net::UnixStream,
+pub(crate) struct Stream {
+    pub(crate) token: u64,
+    pub(crate) socket: tokio::net::UnixStream,
 }
 
 impl Stream {
-    pub fn open() -> Self {
+    pub(crate) fn open() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0x1122_3344_5566_7788);
         let token = NEXT.fetch_add(1, Ordering::Relaxed);
         let mut socket = UnixStream::connect(STREAMS).unwrap();
@@ -114,30 +114,30 @@ impl Stream {
     }
 
     /// All there is until the agent ends it.
-    pub async fn read(mut self) -> String {
+    pub(crate) async fn read(mut self) -> String {
         let mut bytes = Vec::new();
         self.socket.read_to_end(&mut bytes).await.unwrap();
         String::from_utf8(bytes).unwrap()
     }
 
-    pub async fn write(&mut self, bytes: &[u8]) {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();
     }
 }
 
 /// How a container ended, for comparison.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Ended {
+pub(crate) enum Ended {
     Exit(u32),
     Signal(u32),
 }
 
 impl Lab {
-    pub fn context(&self) -> Context {
+    pub(crate) fn context(&self) -> Context {
         Context::default()
     }
 
-    pub async fn create(&self, id: &str, config: &Value, stdio: Stdio) -> ttrpc::Result<u32> {
+    pub(crate) async fn create(&self, id: &str, config: &Value, stdio: Stdio) -> ttrpc::Result<u32> {
         let mut request = CreateContainerRequest::new();
         request.container_id = id.to_owned();
         request.spec_json = serde_json::to_vec(config).unwrap();
@@ -145,22 +145,22 @@ impl Lab {
         Ok(self.agent.create_container(self.context(), &request).await?.pid)
     }
 
-    pub async fn start(&self, id: &str) -> ttrpc::Result<()> {
+    pub(crate) async fn start(&self, id: &str) -> ttrpc::Result<()> {
         self.agent.start_container(self.context(), &container(id)).await.map(drop)
     }
 
-    pub async fn wait_response(&self, id: &str) -> ttrpc::Result<WaitProcessResponse> {
+    pub(crate) async fn wait_response(&self, id: &str) -> ttrpc::Result<WaitProcessResponse> {
         let mut request = ProcessRequest::new();
         request.container_id = id.to_owned();
         self.agent.wait_process(self.context(), &request).await
     }
 
-    pub async fn wait(&self, id: &str) -> Ended {
+    pub(crate) async fn wait(&self, id: &str) -> Ended {
         let response = self.wait_response(id).await.unwrap();
         if response.has_exit_code() { Ended::Exit(response.exit_code()) } else { Ended::Signal(response.signal()) }
     }
 
-    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
+    pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
         let mut request = SignalProcessRequest::new();
         request.container_id = id.to_owned();
         request.signal = signal;
@@ -168,12 +168,12 @@ impl Lab {
         self.agent.signal_process(self.context(), &request).await.map(drop)
     }
 
-    pub async fn remove(&self, id: &str) -> ttrpc::Result<()> {
+    pub(crate) async fn remove(&self, id: &str) -> ttrpc::Result<()> {
         self.agent.remove_container(self.context(), &container(id)).await.map(drop)
     }
 
     /// Creates, starts, waits and removes, and gives standard output and how it ended.
-    pub async fn run(&self, id: &str, config: &Value) -> (String, Ended) {
+    pub(crate) async fn run(&self, id: &str, config: &Value) -> (String, Ended) {
         let stdout = Stream::open();
         self.create(id, config, stdio(None, Some(&stdout), None)).await.unwrap();
         self.start(id).await.unwrap();
@@ -183,13 +183,13 @@ impl Lab {
     }
 }
 
-pub fn container(id: &str) -> ContainerRequest {
+pub(crate) fn container(id: &str) -> ContainerRequest {
     let mut request = ContainerRequest::new();
     request.container_id = id.to_owned();
     request
 }
 
-pub fn stdio(stdin: Option<&Stream>, stdout: Option<&Stream>, stderr: Option<&Stream>) -> Stdio {
+pub(crate) fn stdio(stdin: Option<&Stream>, stdout: Option<&Stream>, stderr: Option<&Stream>) -> Stdio {
     let token = |stream: Option<&Stream>| stream.map_or(0, |stream| stream.token);
     let mut stdio = Stdio::new();
     stdio.stdin_token = token(stdin);
@@ -199,7 +199,7 @@ pub fn stdio(stdin: Option<&Stream>, stdout: Option<&Stream>, stderr: Option<&St
 }
 
 /// The code and the line of a refusal.
-pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+pub(crate) fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
     match result.unwrap_err() {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
         other => panic!("not a refusal: {other}"),
@@ -207,7 +207,7 @@ pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, St
 }
 
 /// What the agent keeps of containers, by path; empty when all are removed.
-pub fn left_behind() -> BTreeMap<&'static str, usize> {
+pub(crate) fn left_behind() -> BTreeMap<&'static str, usize> {
     ["/run/kvrun/oci/bundles", "/run/kvrun/oci/state"]
         .into_iter()
         .filter_map(|dir| Some((dir, fs::read_dir(dir).ok()?.count())))
