@@ -105,6 +105,18 @@ struct Ring {
     kick_considered: u16,
 }
 
+impl Ring {
+    /// Where the device says for which chain it wants to be kicked (virtio 1.3 s2.7.8).
+    fn avail_event(&self) -> GuestAddress {
+        GuestAddress(self.used + 4 + u64::from(self.size) * 8)
+    }
+
+    /// Where the driver says for which used chain it wants to be interrupted (virtio 1.3 s2.7.6).
+    fn used_event(&self) -> GuestAddress {
+        GuestAddress(self.avail + 4 + u64::from(self.size) * 2)
+    }
+}
+
 /// A driver with as many queues as its device has.
 pub(crate) struct MockDriver {
     pub(crate) mem: GuestRam,
@@ -158,6 +170,9 @@ impl MockDriver {
             ring.kick_considered = 0;
             for field in [ring.avail, ring.used] {
                 self.mem.write_obj(0u32, GuestAddress(field)).unwrap();
+            }
+            for event in [ring.avail_event(), ring.used_event()] {
+                self.mem.write_obj(0u16, event).unwrap();
             }
             let mut queue = Queue::new(ring.size).unwrap();
             queue.set_desc_table_address(Some(ring.table as u32), Some(0));
@@ -330,16 +345,15 @@ impl MockDriver {
     /// Kicks the device as Linux does: only if it wants to be (virtio 1.3 s2.7.10).
     pub(crate) fn kick_if_wanted(&mut self, queue: usize) {
         let new = self.avail_idx(queue);
-        let ring = &mut self.rings[queue];
-        let old = std::mem::replace(&mut ring.kick_considered, new);
+        let old = std::mem::replace(&mut self.rings[queue].kick_considered, new);
+        let ring = &self.rings[queue];
         // What was offered must be seen by a device that this look at its wish still finds asleep.
         fence(Ordering::SeqCst);
         let wanted = if ring.event_idx {
-            let event = GuestAddress(ring.used + 4 + u64::from(ring.size) * 8);
-            let event: u16 = self.mem.load(event, Ordering::Relaxed).unwrap();
+            let event: u16 = self.mem.load(ring.avail_event(), Ordering::Relaxed).unwrap();
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            self.mem.load::<u16>(GuestAddress(ring.used), Ordering::Relaxed).unwrap() & 1 == 0
+            !self.kicks_disabled(queue)
         };
         if wanted {
             self.kick(queue);
@@ -373,8 +387,7 @@ impl MockDriver {
             let seen = self.interrupt.queue_count(queue as u16);
             // virtio 1.3 s2.7.7: of interest only if the driver has accepted EVENT_IDX.
             let ring = &self.rings[queue];
-            let event = GuestAddress(ring.avail + 4 + u64::from(ring.size) * 2);
-            self.mem.store(ring.used_seen, event, Ordering::Relaxed).unwrap();
+            self.mem.store(ring.used_seen, ring.used_event(), Ordering::Relaxed).unwrap();
             fence(Ordering::SeqCst);
             if let Some(used) = self.pop_used(queue) {
                 return used;
