@@ -6,7 +6,7 @@
 
 use std::env;
 use std::io::Read;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
@@ -140,9 +140,10 @@ fn in_own_process(case: &Case) -> ExitCode {
         isolation::enter(&kvrun)?;
         let test = Test::new(id, kvrun)?;
         let before = Snapshot::take(&test)?;
+        panic::set_hook(Box::new(|info| eprintln!("{info}")));
         match catch_unwind(AssertUnwindSafe(|| (case.test)(&test))) {
             Ok(result) => result?,
-            Err(_) => bail!("panicked"),
+            Err(_) => bail!("the test panicked"),
         }
         let left = Snapshot::take(&test)?.since(&before);
         ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));

@@ -179,15 +179,6 @@ impl Running {
         Ok(Outcome { status, stdout: self.stdout.bytes(), stderr: self.stderr.text() })
     }
 
-    /// Waits for its end, and that of its standard error only.
-    pub(crate) fn wait_for_exit(mut self) -> Result<Outcome> {
-        let status = self.exit_status()?;
-        self.stderr
-            .wait(None, self.deadline)
-            .with_context(|| self.seen("kvrun has ended, but stderr is held open"))?;
-        Ok(Outcome { status, stdout: self.stdout.bytes(), stderr: self.stderr.text() })
-    }
-
     fn exit_status(&mut self) -> Result<ExitStatus> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         wait_within(&mut self.child, left).with_context(|| self.seen("kvrun does not end"))

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -12,13 +11,12 @@ use rustix::termios::{Termios, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::bundle::Bundle;
 use crate::fixture::Test;
-use crate::process::{Captured, Outcome, Running};
+use crate::process::{Captured, Running};
 
-/// A pseudo-terminal: the test holds both ends, `kvrun` runs on the far one.
+/// A pseudo-terminal, of which the test holds the near end and `kvrun` the far one; so what is shown ends with `kvrun`.
 #[derive(Debug)]
 pub struct Terminal {
     near: File,
-    far: OwnedFd,
 }
 
 impl Terminal {
@@ -31,12 +29,7 @@ impl Terminal {
             .context("cannot open a pty")?;
         grantpt(&near)?;
         unlockpt(&near)?;
-        let far = open(
-            ptsname(&near, Vec::new())?,
-            OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let terminal = Self { near: near.into(), far };
+        let terminal = Self { near: near.into() };
         terminal.resize(rows, columns)?;
         Ok(terminal)
     }
@@ -46,24 +39,17 @@ impl Terminal {
     /// # Errors
     /// When `kvrun` cannot be started.
     pub fn start(&self, test: &Test, bundle: &Bundle) -> Result<Running> {
+        let name = ptsname(&self.near, Vec::new())?;
+        let far = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
         // setsid(1) replaces itself with the program, so this child is kvrun.
         let mut command = Command::new("setsid");
         command.arg("--ctty").arg(test.program()).arg("--root").arg(test.state()).args(test.run_args(bundle));
         test.environment(&mut command);
-        let end = || -> Result<Stdio> { Ok(self.far.try_clone()?.into()) };
-        let child = command.stdin(end()?).stdout(end()?).stderr(Stdio::piped()).spawn();
-        let mut child = child.context("cannot start setsid")?;
+        command.stdin(far.try_clone()?).stdout(far).stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot start setsid")?;
         let stderr = Captured::new(child.stderr.take().context("no stderr")?);
         let shown = Captured::new(self.near.try_clone()?);
         Ok(Running::adopt(child, shown, stderr))
-    }
-
-    /// Waits for the end of `kvrun`. The test holds the far end open, so what is shown has no end of its own.
-    ///
-    /// # Errors
-    /// When that takes too long.
-    pub fn end_of(&self, run: Running) -> Result<Outcome> {
-        run.wait_for_exit()
     }
 
     /// Changes the size; the kernel sends SIGWINCH to the foreground process group (`tty_do_resize`).
@@ -83,11 +69,11 @@ impl Terminal {
         (&self.near).write_all(bytes).context("cannot write to the terminal")
     }
 
-    /// Its settings.
+    /// Its settings. Both ends of a pseudo-terminal share them (Linux drivers/tty/tty_ioctl.c, `tty_mode_ioctl`).
     ///
     /// # Errors
     /// As tcgetattr(3).
     pub fn settings(&self) -> Result<Termios> {
-        Ok(tcgetattr(&self.far)?)
+        Ok(tcgetattr(&self.near)?)
     }
 }

@@ -150,13 +150,13 @@ fn link_in_the_root_file_system_does_not_lead_to_the_host(t: &Test) -> Result<()
     std::os::unix::fs::symlink(&secret, bundle.rootfs().join("link"))?;
     t.run(&bundle)?.exited(0).stdout("not there\n");
 
-    // Nor does a mount point that such a link stands for end on the host.
+    // Nor is a mount point that such a link stands for made on the host. Whether it is made in the container or refused is
+    // the OCI engine's choice; runc and crun differ.
     let outside = t.scratch().join("outside");
     fs::create_dir(&outside)?;
     let bundle = t.script("ls -A /away")?;
     std::os::unix::fs::symlink(&outside, bundle.rootfs().join("away"))?;
-    let bundle = bundle.with_bind(&secret, "/away/secret", &["bind", "ro"])?;
-    t.run(&bundle)?.exited(0).stdout("secret\n").stderr("");
-    ensure!(fs::read_dir(&outside)?.next().is_none(), "a mount point was made on the host");
+    let outcome = t.run(&bundle.with_bind(&secret, "/away/secret", &["bind", "ro"])?)?;
+    ensure!(fs::read_dir(&outside)?.next().is_none(), "a mount point was made on the host: {outcome}");
     Ok(())
 }

@@ -30,7 +30,7 @@ fn container_sees_a_terminal_of_the_same_size(t: &Test) -> Result<()> {
         shown.contains("/dev/pts/0\r\n") || shown.contains("/dev/console\r\n"),
         "the terminal shows {shown:?}"
     );
-    terminal.end_of(run)?.exited(0).stderr("");
+    run.wait()?.exited(0).stderr("");
     Ok(())
 }
 
@@ -41,7 +41,7 @@ fn resize_reaches_the_container(t: &Test) -> Result<()> {
     run.until("ready\r\n")?;
     terminal.resize(40, 132)?;
     run.until("40 132\r\n")?;
-    terminal.end_of(run)?.exited(5).stderr("");
+    run.wait()?.exited(5).stderr("");
     Ok(())
 }
 
@@ -52,7 +52,7 @@ fn control_c_interrupts_the_container(t: &Test) -> Result<()> {
     run.until("ready\r\n")?;
     terminal.keys(b"\x03")?;
     run.until("interrupted\r\n")?;
-    terminal.end_of(run)?.exited(3).stderr("");
+    run.wait()?.exited(3).stderr("");
     Ok(())
 }
 
@@ -66,7 +66,7 @@ fn typed_line_is_echoed_once_and_read(t: &Test) -> Result<()> {
     // Control-D on an empty line is the end of input.
     terminal.keys(b"\x04")?;
     run.until("done\r\n")?;
-    let outcome = terminal.end_of(run)?.exited(0).stderr("");
+    let outcome = run.wait()?.exited(0).stderr("");
     ensure!(
         outcome.text() == "ready\r\nhello\r\n<hello>\r\ndone\r\n",
         "the terminal shows {:?}",
@@ -84,7 +84,7 @@ fn settings_are_restored_after_the_end(t: &Test) -> Result<()> {
     let raw = terminal.settings()?.local_modes;
     ensure!(!raw.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "not raw: {raw:?}");
     terminal.keys(b"\r")?;
-    terminal.end_of(run)?.exited(2).stderr("");
+    run.wait()?.exited(2).stderr("");
     let after = format!("{:?}", terminal.settings()?);
     ensure!(before == after, "settings before: {before}, after: {after}");
     Ok(())
@@ -94,7 +94,7 @@ fn settings_are_restored_when_the_container_cannot_start(t: &Test) -> Result<()>
     let terminal = Terminal::open(24, 80)?;
     let before = format!("{:?}", terminal.settings()?);
     let run = terminal.start(t, &on_terminal(t.bundle(&["/bin/no-such-command"])?)?)?;
-    terminal.end_of(run)?.exited(127).error(&["/bin/no-such-command"]);
+    run.wait()?.exited(127).error(&["/bin/no-such-command"]);
     let after = format!("{:?}", terminal.settings()?);
     ensure!(before == after, "settings before: {before}, after: {after}");
     Ok(())
