@@ -403,7 +403,7 @@ impl MockDriver {
         let mark = self.mark();
         let (out, answer) = (self.readable(bytes), self.writable(room));
         let head = self.add(queue, &[out, answer]);
-        self.kick(queue);
+        self.kick_if_wanted(queue);
         let (used, len) = self.wait_used(queue);
         assert_eq!(used, head);
         assert!(len as usize <= room, "the device claims to have written {len} of {room} bytes");

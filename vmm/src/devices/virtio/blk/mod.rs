@@ -74,7 +74,8 @@ impl Blk {
         if !matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::BlockDevice) {
             return Err(BlkError::NotAnImage);
         }
-        let flags = fcntl_getfl(&image).map_err(io::Error::from).map_err(failed("find out the access mode"))?;
+        let flags =
+            fcntl_getfl(&image).map_err(io::Error::from).map_err(failed("find out the access mode"))?;
         let mode = flags & OFlags::ACCMODE;
         if flags.contains(OFlags::PATH) || mode == OFlags::WRONLY {
             return Err(BlkError::Access("reading"));
@@ -125,8 +126,9 @@ impl VirtioDevice for Blk {
         let [queue] = activation.take_queues()?;
         // A driver that cannot flush is to find every write it completes on the medium (virtio 1.3 s5.2.6.2).
         let write_through = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-        let worker = Worker::start(self.disk.clone(), write_through, queue, activation.mem, activation.interrupt)
-            .map_err(|source| ActivateError::Host { what: "start the thread of a disk", source })?;
+        let worker =
+            Worker::start(self.disk.clone(), write_through, queue, activation.mem, activation.interrupt)
+                .map_err(|source| ActivateError::Host { what: "start the thread of a disk", source })?;
         self.worker = Some(worker);
         Ok(())
     }

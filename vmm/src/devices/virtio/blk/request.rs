@@ -69,7 +69,8 @@ impl Disk {
         let request = Request::take(mem, chain, &mut status_at);
         // Without a status byte the driver has no way to know what happened, so nothing does.
         let Some(status_at) = status_at else { return 0 };
-        let (status, filled) = match request.and_then(|mut request| self.perform(&mut request, write_through)) {
+        let (status, filled) = match request.and_then(|mut request| self.perform(&mut request, write_through))
+        {
             Ok(filled) => (VIRTIO_BLK_S_OK, filled),
             Err(Refusal(status)) => (status, 0),
         };
@@ -122,7 +123,7 @@ impl Disk {
     /// The offset in the image of `len` bytes from `sector` on, if all of them are on the disk.
     fn locate(&self, sector: u64, len: u64) -> Result<i64, Refusal> {
         let end = sector.checked_add(len / SECTOR);
-        if len % SECTOR != 0 || end.is_none_or(|end| end > self.sectors) {
+        if !len.is_multiple_of(SECTOR) || end.is_none_or(|end| end > self.sectors) {
             return Err(Refusal(VIRTIO_BLK_S_IOERR));
         }
         // The image is that large, so the offset is one of a file.

@@ -42,11 +42,12 @@ impl Worker {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(Stop { told: AtomicBool::new(false), wake });
         let mut work = Work { disk, write_through, queue, mem, stop: stop.clone() };
-        let thread = thread::Builder::new().name("blk".to_owned()).stack_size(STACK_SIZE).spawn(move || {
-            if let Err(reason) = work.run(&*interrupt) {
-                interrupt.needs_reset(&reason);
-            }
-        })?;
+        let thread =
+            thread::Builder::new().name("blk".to_owned()).stack_size(STACK_SIZE).spawn(move || {
+                if let Err(reason) = work.run(&*interrupt) {
+                    interrupt.needs_reset(&reason);
+                }
+            })?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -14,7 +14,9 @@ fn snapshot(dir: &Path) -> String {
             let metadata = path.symlink_metadata().unwrap();
             let content = if metadata.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
             let mut attribute = [0; 64];
-            let attribute = rustix::fs::lgetxattr(&path, "user.color", &mut attribute).ok().map(|n| attribute[..n].to_vec());
+            let attribute = rustix::fs::lgetxattr(&path, "user.color", &mut attribute)
+                .ok()
+                .map(|n| attribute[..n].to_vec());
             (path, content, metadata.permissions(), metadata.modified().unwrap(), attribute)
         })
         .collect();
@@ -72,7 +74,9 @@ fn every_change_is_refused() {
         assert_eq!(guest.call(opcode, node, &args).unwrap_err(), libc::EROFS, "{what}");
         assert_eq!(snapshot(&path), before, "{what}");
     }
-    for (what, flags) in [("truncating open", libc::O_TRUNC), ("mode 3", 3), ("tmpfile", libc::O_TMPFILE | libc::O_RDWR)] {
+    for (what, flags) in
+        [("truncating open", libc::O_TRUNC), ("mode 3", 3), ("tmpfile", libc::O_TMPFILE | libc::O_RDWR)]
+    {
         guest.open(file, flags).unwrap_err();
         guest.open(ROOT, flags).unwrap_err();
         assert_eq!(snapshot(&path), before, "{what}");

@@ -26,7 +26,10 @@ fn init_negotiates_requests_of_a_mebibyte() {
     assert!(max_pages == 256 && u32::from(max_pages) + 4 <= u32::from(QUEUE_SIZES[1]));
     // FUSE_POSIX_ACL, FUSE_MAX_PAGES, FUSE_SUBMOUNTS, FUSE_HANDLE_KILLPRIV_V2; not FUSE_WRITEBACK_CACHE.
     let flags = u32_at(&answer, 12);
-    assert_eq!(flags & (1 << 20 | 1 << 22 | 1 << 27 | 1 << 28 | 1 << 16), 1 << 20 | 1 << 22 | 1 << 27 | 1 << 28);
+    assert_eq!(
+        flags & (1 << 20 | 1 << 22 | 1 << 27 | 1 << 28 | 1 << 16),
+        1 << 20 | 1 << 22 | 1 << 27 | 1 << 28
+    );
 }
 
 #[test]
@@ -111,7 +114,8 @@ fn files_belong_to_the_user_who_created_them() {
     assert_eq!(entry.uid, 1234);
     assert_eq!(guest.dir.path().join("theirs").metadata().unwrap().uid(), 1234);
     // And the threads are root again.
-    let entry = Entry::parse(&guest.call(op::MKDIR, ROOT, &with_names(fields(&[0o755, 0]), &["mine"])).unwrap());
+    let entry =
+        Entry::parse(&guest.call(op::MKDIR, ROOT, &with_names(fields(&[0o755, 0]), &["mine"])).unwrap());
     assert_eq!(entry.uid, 0);
 }
 
