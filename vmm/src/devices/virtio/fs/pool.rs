@@ -46,8 +46,10 @@ struct State {
     /// In order of priority, which is that of their numbers: the hiprio queue is the first (virtio 1.3 s5.11.2).
     queues: Vec<VirtQueue>,
     threads: Vec<JoinHandle<()>>,
-    /// How many threads wait for requests.
+    /// How many threads wait for kicks. Those that do not look at the queues again before they do.
     idle: usize,
+    /// How many requests are being handled.
+    busy: usize,
     /// Take no more requests.
     ended: bool,
 }
@@ -83,10 +85,12 @@ impl Pool {
             // Edge-triggered: each kick lets one thread go, once. Nobody reads the counter.
             epoll::add(&epoll, queue.kick(), EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
         }
-        let state = Mutex::new(State { queues, threads: Vec::new(), idle: 0, ended: false });
+        let state = Mutex::new(State { queues, threads: Vec::new(), idle: 0, busy: 0, ended: false });
         let shared = Arc::new(Shared { source, share, ram, interrupt, epoll, stop, state });
-        let first = shared.spawn()?;
-        locked(shared.state.lock()).threads.push(first);
+        // Under the lock: a thread that looks at the state must find itself counted.
+        let mut state = locked(shared.state.lock());
+        state.threads.push(shared.spawn()?);
+        drop(state);
         Ok(Self { shared })
     }
 }
@@ -135,8 +139,9 @@ impl Shared {
             }
             match state.pop(&self.ram) {
                 Ok(Some(request)) => {
-                    if state.idle == 0 && state.threads.len() < MAX_THREADS {
-                        // Without another thread this one will do, as soon as it is done.
+                    state.busy += 1;
+                    if state.busy == state.threads.len() && state.busy < MAX_THREADS {
+                        // Without another thread those at work will do, as soon as they are done.
                         state.threads.extend(self.spawn());
                     }
                     return Some(request);
@@ -161,6 +166,7 @@ impl Shared {
     /// Returns a chain to the driver.
     fn complete(&self, queue: usize, head: u16, written: u32) {
         let mut state = locked(self.state.lock());
+        state.busy -= 1;
         let queue = &mut state.queues[queue];
         let index = queue.index();
         let outcome =
@@ -190,13 +196,12 @@ impl Shared {
 }
 
 impl State {
-    /// Takes the next request, and has the driver kick for the one after it if a thread is there to hear it.
+    /// Takes the next request, and has the driver kick for the one after it if a thread waits to hear it.
     fn pop<'m>(&mut self, ram: &'m GuestRam) -> Result<Option<(usize, Chain<'m>)>, QueueError> {
-        let listening = self.idle > 0 || self.threads.len() < MAX_THREADS;
         loop {
             for (i, queue) in self.queues.iter_mut().enumerate() {
                 let Some(chain) = queue.pop(ram)? else { continue };
-                if !listening {
+                if self.idle == 0 {
                     queue.disable_kicks(ram)?;
                 } else if queue.enable_kicks(ram)? {
                     // The driver has kicked for these already, perhaps once for all.
