@@ -44,16 +44,16 @@ fn main() -> ExitCode {
                 code
             }
         },
-        Command::Check => finish(&log, check::check(&cli.global)),
-        Command::Env => finish(&log, env::env(&cli.global)),
+        Command::Check => finish(&log, check::check(&cli.global), "kvrun check: this host cannot run virtual machines"),
+        Command::Env => finish(&log, env::env(&cli.global), "kvrun env: files are missing"),
     }
 }
 
 /// The end of a command that prints a report and says whether all is well.
-fn finish(log: &log::Log, result: anyhow::Result<bool>) -> ExitCode {
+fn finish(log: &log::Log, result: anyhow::Result<bool>, otherwise: &str) -> ExitCode {
     match result {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => FAILED.into(),
+        Ok(false) => log.fail(&format!("{otherwise}; see the table above"), FAILED),
         Err(error) => log.fail(&format!("{error:#}"), FAILED),
     }
 }

@@ -22,7 +22,7 @@ use crate::FAILED;
 use crate::cli::{Global, RunArgs};
 use crate::log::Log;
 use crate::signals::{self, Signals};
-use crate::terminal::{self, RawMode};
+use crate::terminal::Terminal;
 
 /// What can go wrong before the container's process runs. Each message is complete in itself.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +51,8 @@ pub(crate) enum RunError {
         #[source]
         source: io::Error,
     },
+    #[error("process.terminal is true, but none of standard input, output and error is a terminal: run kvrun on one, or set it to false")]
+    NoTerminal,
     #[error("{step}")]
     Host {
         step: &'static str,
@@ -89,9 +91,8 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
     let mut bundle = Bundle::load(&args.bundle)?;
     let size = VmSize::for_spec(bundle.spec())?;
     let assets = Assets::open(&global.explicit())?;
-    if bundle.has_terminal()
-        && let Some((rows, columns)) = terminal::size()
-    {
+    let terminal = if bundle.has_terminal() { Some(find_terminal()?) } else { None };
+    if let Some((rows, columns)) = terminal.as_ref().and_then(Terminal::size) {
         bundle.set_console_size(rows, columns);
     }
 
@@ -107,20 +108,25 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
         let starting = Starting::spawn(&assets, size)?;
         // While the guest boots.
         let spec = share.add(&id, &bundle)?;
-        let stdio = stdio(bundle.has_terminal()).map_err(host("duplicate standard input and output"))?;
+        let stdio = stdio(terminal.is_some()).map_err(host("duplicate standard input and output"))?;
         let mut early = Vec::new();
         let started = tokio::select! {
             biased;
             started = start(starting, &share, &id, &spec, stdio, args.pid_file.as_deref()) => started?,
             signal = aborted(&signals, &mut early) => return Ok(128_u8.saturating_add(signal? as u8)),
         };
-        let raw = (bundle.has_terminal() && terminal::is_terminal()).then(RawMode::enter).transpose();
+        let raw = terminal.as_ref().map(Terminal::raw).transpose();
         let raw = raw.map_err(host("put the terminal into raw mode"))?;
         let (pod, mut container) = started;
-        let exit = attend(&mut container, &signals, early).await?;
+        let exit = attend(&mut container, &signals, early, terminal.as_ref()).await?;
         drop(raw);
         Ok(finish(pod, exit, &bundle, &id, log).await)
     })
+}
+
+/// As runc, `run` refuses a container with a terminal where there is none to connect it to.
+fn find_terminal() -> Result<Terminal, RunError> {
+    Terminal::find().map_err(host("find a terminal"))?.ok_or(RunError::NoTerminal)
 }
 
 /// Our own standard input, output and, without a terminal, error.
@@ -166,9 +172,14 @@ async fn aborted(signals: &Signals, early: &mut Vec<Signal>) -> Result<Signal, R
 }
 
 /// Forwards signals until the container's process has ended and its output has arrived.
-async fn attend(container: &mut Container, signals: &Signals, early: Vec<Signal>) -> Result<Exit, RunError> {
+async fn attend(
+    container: &mut Container,
+    signals: &Signals,
+    early: Vec<Signal>,
+    terminal: Option<&Terminal>,
+) -> Result<Exit, RunError> {
     for signal in early {
-        forward(container, signal).await;
+        forward(container, signal, terminal).await;
     }
     let exit = {
         let mut ended = std::pin::pin!(container.wait());
@@ -176,7 +187,9 @@ async fn attend(container: &mut Container, signals: &Signals, early: Vec<Signal>
             tokio::select! {
                 biased;
                 exit = &mut ended => break exit,
-                signal = signals.next() => forward(container, signal.map_err(host("read signals"))?).await,
+                signal = signals.next() => {
+                    forward(container, signal.map_err(host("read signals"))?, terminal).await;
+                }
             }
         }
     };
@@ -190,9 +203,9 @@ async fn attend(container: &mut Container, signals: &Signals, early: Vec<Signal>
     Ok(exit)
 }
 
-async fn forward(container: &Container, signal: Signal) {
+async fn forward(container: &Container, signal: Signal, terminal: Option<&Terminal>) {
     let result = match signal {
-        Signal::SIGWINCH => match terminal::size() {
+        Signal::SIGWINCH => match terminal.and_then(Terminal::size) {
             Some((rows, columns)) => container.resize(rows, columns).await,
             None => Ok(()),
         },

@@ -1,34 +1,36 @@
 //! The caller's terminal while a container has it.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, Once, PoisonError};
 
-use rustix::stdio::stdin;
+use rustix::stdio::{stderr, stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// The attributes to go back to; here and not in the guard, because a panic in a program that aborts runs no destructor.
-static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+/// What to go back to; here and not in the guard, because a panic in a program that aborts runs no destructor.
+static BEFORE: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
 static HOOK: Once = Once::new();
 
-/// Whether standard input is a terminal.
-pub(crate) fn is_terminal() -> bool {
-    isatty(stdin())
-}
-
-/// Rows and columns of the terminal on standard input, if it is one and knows them.
-pub(crate) fn size() -> Option<(u16, u16)> {
-    let size = tcgetwinsize(stdin()).ok()?;
-    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
-}
-
-/// The terminal on standard input in raw mode: every byte goes to the container. Dropping it, and a panic, restore it.
+/// The terminal on standard input, output or error: the first that is one.
 #[derive(Debug)]
-pub(crate) struct RawMode(());
+pub(crate) struct Terminal(OwnedFd);
 
-impl RawMode {
-    /// Switches to raw mode.
-    pub(crate) fn enter() -> io::Result<Self> {
-        let before = tcgetattr(stdin())?;
+impl Terminal {
+    /// Finds it.
+    pub(crate) fn find() -> io::Result<Option<Self>> {
+        let found = [stdin(), stdout(), stderr()].into_iter().find(|fd| isatty(fd));
+        found.map(|fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(Self)).transpose()
+    }
+
+    /// Rows and columns, if it knows them.
+    pub(crate) fn size(&self) -> Option<(u16, u16)> {
+        let size = tcgetwinsize(&self.0).ok()?;
+        (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+    }
+
+    /// Switches to raw mode, in which every byte goes to the container.
+    pub(crate) fn raw(&self) -> io::Result<RawMode> {
+        let before = tcgetattr(&self.0)?;
         let mut raw = before.clone();
         raw.make_raw();
         HOOK.call_once(|| {
@@ -38,12 +40,17 @@ impl RawMode {
                 previous(info);
             }));
         });
-        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
-        let entered = Self(());
-        tcsetattr(stdin(), OptionalActions::Drain, &raw)?;
+        let remembered = (self.0.try_clone()?, before);
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(remembered);
+        let entered = RawMode(());
+        tcsetattr(self.0.as_fd(), OptionalActions::Drain, &raw)?;
         Ok(entered)
     }
 }
+
+/// A terminal in raw mode. Dropping it, and a panic, restore it.
+#[derive(Debug)]
+pub(crate) struct RawMode(());
 
 impl Drop for RawMode {
     fn drop(&mut self) {
@@ -53,8 +60,8 @@ impl Drop for RawMode {
 
 fn restore() {
     let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(before) = before {
+    if let Some((terminal, before)) = before {
         // The terminal may be gone.
-        let _ = tcsetattr(stdin(), OptionalActions::Drain, &before);
+        let _ = tcsetattr(terminal, OptionalActions::Drain, &before);
     }
 }

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// The longest container ID in bytes: the longest name of a directory entry on Linux.
-pub const MAX_LEN: usize = 255;
+/// The longest container ID in bytes; the same as in the agent, where it names a directory and a cgroup.
+pub const MAX_LEN: usize = 200;
 
 /// A container ID that is safe as the name of a directory entry. By runc's rule: letters, digits, `_`, `+`, `-` and `.`,
 /// but neither `.` nor `..`.

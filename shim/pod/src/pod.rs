@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use crate::container_id::ContainerId;
 use crate::share::{GUEST_SHARE_DIR, SHARE_TAG, Share};
 use crate::size::VmSize;
 use crate::stdio::{Planned, Stdio};
+use crate::sys;
 use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
 
 /// The guest's kernel command line; the VMM appends the declaration of its slots. In order:
@@ -34,6 +35,8 @@ use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
 pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k i8042.noaux i8042.nomux i8042.dumbkbd i8042.nopnp \
                                   random.trust_cpu=on cryptomgr.notests nomodule";
 
+/// The version of the KVM API; it will not change (Linux Documentation/virt/kvm/api.rst, 4.1).
+const KVM_API_VERSION: i32 = 12;
 /// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for five block devices or links.
 const SLOTS: u8 = 8;
 /// The slot of the share.
@@ -103,6 +106,7 @@ fn kvm_hint(source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::NotFound => "no such file: this host has no KVM; run `kvrun check`".into(),
         io::ErrorKind::PermissionDenied => "permission denied: run as root or as a member of group kvm".into(),
+        _ if source.raw_os_error() == Some(libc::ENOTTY) => "not a KVM device; run `kvrun check`".into(),
         _ => format!("{source}; run `kvrun check`"),
     }
 }
@@ -123,7 +127,10 @@ impl Starting {
     /// [`PodError`].
     pub fn spawn(assets: &Assets, size: VmSize) -> Result<Self, PodError> {
         let kvm = open_kvm()?;
-        let vmm = Vmm::spawn(&assets.vmm.path)?;
+        Self::boot(Vmm::spawn(&assets.vmm.path)?, &kvm, assets, size)
+    }
+
+    fn boot(vmm: Vmm, kvm: &File, assets: &Assets, size: VmSize) -> Result<Self, PodError> {
         let config = VmConfig {
             memory_mib: size.memory_mib,
             vcpus: size.vcpus,
@@ -142,6 +149,10 @@ impl Starting {
     /// # Errors
     /// [`PodError`]; the machine is then killed.
     pub async fn ready(self, share: &Share) -> Result<Pod, PodError> {
+        self.ready_with(share.directory()).await
+    }
+
+    async fn ready_with(self, share: BorrowedFd<'_>) -> Result<Pod, PodError> {
         let Self { vmm, booting, ready, kernel } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(end) => PodError::Died(end),
@@ -149,15 +160,16 @@ impl Starting {
         })?;
         // The share is in its slot before the agent is there to bind it.
         let device = DeviceConfig::Fs { tag: SHARE_TAG.to_owned(), read_only: false };
-        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[share.directory()]).await?) };
+        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[share]).await?) };
         let answering = async {
             timeout(READY_TIMEOUT, ready.accepted()).await.map_err(|_| PodError::NotReady)??;
             tracing::debug!("the agent answers");
             Ok(Agent::over(vmm.connect_async(RPC_PORT).await?))
         };
         let ((), agent) = match tokio::try_join!(attached, answering) {
+            Ok(both) => both,
             Err(PodError::Vmm(VmmError::Ended(end))) => return Err(PodError::Died(end)),
-            result => result?,
+            Err(error) => return Err(error),
         };
         let pod = Pod { vmm, agent };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
@@ -168,9 +180,14 @@ impl Starting {
 
 fn open_kvm() -> Result<File, PodError> {
     let path = PathBuf::from("/dev/kvm");
-    match rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(fd) => Ok(fd.into()),
-        Err(e) => Err(PodError::Kvm { path, source: e.into() }),
+    let opened = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from);
+    match opened.and_then(|fd| sys::kvm_api_version(&fd).map(|version| (fd, version))) {
+        Ok((fd, KVM_API_VERSION)) => Ok(fd.into()),
+        Ok((_, version)) => {
+            let source = io::Error::other(format!("KVM API version {version} instead of {KVM_API_VERSION}"));
+            Err(PodError::Kvm { path, source })
+        }
+        Err(source) => Err(PodError::Kvm { path, source }),
     }
 }
 
@@ -234,3 +251,6 @@ impl Pod {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

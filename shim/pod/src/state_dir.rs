@@ -27,7 +27,7 @@ const ATTEMPTS: u32 = 100;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The container is there.
-    #[error("container {id} exists already: choose another ID, or end it first")]
+    #[error("container ID {id} is in use: choose another one, or end that container first")]
     InUse {
         /// Its ID.
         id: ContainerId,

@@ -37,6 +37,15 @@ pub(crate) fn unshare_mount_namespace() -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.map_err(Into::into)
 }
 
+/// KVM_GET_API_VERSION on an open `/dev/kvm`; `ENOTTY` if it is something else.
+pub(crate) fn kvm_api_version(kvm: impl AsFd) -> io::Result<i32> {
+    /// `_IO(KVMIO, 0x00)`, Linux include/uapi/linux/kvm.h.
+    const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
+    // SAFETY: the descriptor is open while it is borrowed; the request takes no argument.
+    let result = unsafe { libc::ioctl(kvm.as_fd().as_raw_fd(), KVM_GET_API_VERSION, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
 /// In the child of a fork: `control` becomes descriptor `target`, and everything above it is closed by the coming exec.
 ///
 /// `control` must be above `target`. Async-signal-safe.

@@ -15,6 +15,22 @@ use super::{Fault, mounts};
 const GUEST_DEVICES: [(i64, i64); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
+/// The longest host and domain name in bytes (`__NEW_UTS_LEN`, Linux include/uapi/linux/utsname.h).
+const UTS_LEN: usize = 64;
+
+/// The sysctls that belong to a namespace, beside `net.*` and `fs.mqueue.*`. (`kernel.hostname` is the spec's `hostname`.)
+const SYSCTLS: [&str; 9] = [
+    "kernel.domainname",
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shm_rmid_forced",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+];
+
 /// Finds the first fault of a spec.
 pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
     version(spec.version())?;
@@ -32,6 +48,10 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
     process_fields(process.ok_or_else(|| Fault::new("process", "is missing: it must say what to run"))?)?;
     mounts::check(spec)?;
     hooks(spec)?;
+    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        let length = name.as_ref().map_or(0, String::len);
+        refuse(length > UTS_LEN, field, format!("has {length} bytes: it must have no more than {UTS_LEN}"))?;
+    }
     linux(spec.linux().as_ref().ok_or_else(|| Fault::new("linux", "is missing: kvrun runs Linux containers"))?)
 }
 
@@ -63,6 +83,14 @@ fn process_fields(process: &Process) -> Result<(), Fault> {
     for (index, variable) in process.env().iter().flatten().enumerate() {
         let valid = variable.find('=').is_some_and(|at| at > 0) && !variable.contains('\0');
         refuse(!valid, format!("process.env[{index}]"), "is not of the form NAME=value")?;
+    }
+    for (index, limit) in process.rlimits().iter().flatten().enumerate() {
+        let (field, typ) = (format!("process.rlimits[{index}]"), limit.typ());
+        let (soft, hard) = (limit.soft(), limit.hard());
+        refuse(soft > hard, &field, format!("({typ}) has the soft limit {soft} above the hard limit {hard}"))?;
+        // config.md, "POSIX process": a duplicate is an error.
+        let earlier = process.rlimits().iter().flatten().take(index).any(|other| other.typ() == typ);
+        refuse(earlier, field, format!("({typ}) is there twice; remove one"))?;
     }
     refuse(process.user().username().is_some(), "process.user.username", "is for Windows; use process.user.uid")?;
     refuse(process.command_line().is_some(), "process.commandLine", "is for Windows; use process.args")?;
@@ -100,6 +128,13 @@ fn linux(linux: &Linux) -> Result<(), Fault> {
     devices(linux)?;
     if let Some(resources) = linux.resources() {
         limits(resources)?;
+    }
+    for name in linux.sysctl().iter().flatten().map(|(name, _)| name) {
+        // sysctl(8): "kernel/shmmax" is the same.
+        let dotted = name.replace('/', ".");
+        let known = SYSCTLS.contains(&dotted.as_str()) || dotted.starts_with("net.") || dotted.starts_with("fs.mqueue.");
+        let problem = format!("has {name:?}, which does not belong to a namespace of the container; remove it");
+        refuse(!known, "linux.sysctl", problem)?;
     }
     if let Some(path) = linux.cgroups_path().as_deref().filter(|p| !p.as_os_str().is_empty()) {
         crate::cgroup::relative(path).map_err(|e| {
@@ -149,13 +184,10 @@ fn namespaces(linux: &Linux) -> Result<(), Fault> {
         let twice = namespaces[..index].iter().any(|earlier| earlier.typ() == namespace.typ());
         refuse(twice, format!("{field}.type"), format!("{} is there twice; remove one", namespace.typ()))?;
     }
-    let has = |typ| namespaces.iter().any(|n| n.typ() == typ);
-    // Without them the container would be in the agent's own, with every other process and mount of the guest.
-    for typ in [LinuxNamespaceType::Mount, LinuxNamespaceType::Pid] {
-        let problem = format!("has no {typ} namespace, and the host's cannot be given to a guest; add {{\"type\": \"{typ}\"}}");
-        refuse(!has(typ), "linux.namespaces", problem)?;
-    }
-    Ok(())
+    // Any other may be left out, and is then that of the guest. But the container's mounts in the guest's own namespace would be
+    // the agent's.
+    let has_mount = namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Mount);
+    refuse(!has_mount, "linux.namespaces", "has no mount namespace; add {\"type\": \"mount\"}")
 }
 
 fn devices(linux: &Linux) -> Result<(), Fault> {

@@ -131,10 +131,13 @@ impl Bundle {
         check::check(&spec).map_err(fault)?;
 
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-        let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root)?;
+        let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root, OFlags::NOFOLLOW)?;
         let rootfs_path = directory.join(&root);
         if kind != FileType::Directory {
-            let problem = format!("{} is not a directory", rootfs_path.display());
+            // As in runc; a link could be made to point elsewhere between two looks at it.
+            let link = kind == FileType::Symlink;
+            let what = if link { "a symbolic link; name the directory itself" } else { "not a directory" };
+            let problem = format!("{} is {what}", rootfs_path.display());
             return Err(fault(Fault::new("root.path", problem)));
         }
         let binds = mounts::open_binds(&config, bundle.as_fd(), &spec)?;
@@ -228,8 +231,9 @@ fn open_named(
     bundle: BorrowedFd<'_>,
     field: &str,
     path: &Path,
+    flags: OFlags,
 ) -> Result<(OwnedFd, FileType), BundleError> {
-    let opened = openat(bundle, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+    let opened = openat(bundle, path, OFlags::PATH | OFlags::CLOEXEC | flags, Mode::empty())
         .and_then(|fd| fstat(&fd).map(|stat| (FileType::from_raw_mode(stat.st_mode), fd)));
     match opened {
         Ok((kind, fd)) => Ok((fd, kind)),

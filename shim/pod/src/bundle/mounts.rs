@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::FileType;
+use rustix::fs::{FileType, OFlags};
 
 use super::{BundleError, Fault, open_named};
 use crate::share::is_shareable;
@@ -131,7 +131,7 @@ pub(super) fn open_binds(config: &Path, bundle: BorrowedFd<'_>, spec: &Spec) -> 
     for (index, mount) in spec.mounts().iter().flatten().enumerate().filter(|(_, mount)| is_bind(mount)) {
         let path = mount.source().clone().unwrap_or_default();
         let field = format!("mounts[{index}].source");
-        let (source, kind) = open_named(config, bundle, &field, &path)?;
+        let (source, kind) = open_named(config, bundle, &field, &path, OFlags::empty())?;
         if !is_shareable(kind) {
             let problem = format!(
                 "{} is {}, which cannot be shared with a virtual machine; only directories and regular files can",

@@ -1,0 +1,182 @@
+//! These need root, like everything that mounts.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::thread;
+
+use serde_json::json;
+
+use super::*;
+
+/// Runs a test on a thread that is in a mount namespace of its own; mounts there end with it.
+fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
+    let thread = thread::spawn(move || {
+        sys::unshare_mount_namespace().expect("tests of mounts run as root");
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
+        test(&MountNamespace(()));
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// A bundle in a directory, and the share mounted in it.
+struct Fixture {
+    dir: tempfile::TempDir,
+    share: Share,
+    id: ContainerId,
+}
+
+impl Fixture {
+    fn new(namespace: &MountNamespace) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["bundle/rootfs/etc", "share", "data/below"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("bundle/rootfs/etc/motd"), "hello").unwrap();
+        fs::write(dir.path().join("file"), "a file").unwrap();
+        let share = Share::mount(namespace, &dir.path().join("share")).unwrap();
+        Self { dir, share, id: "c1".parse().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn add(&self, read_only: bool, mounts: serde_json::Value) -> Result<Spec, ShareError> {
+        let config = json!({
+            "ociVersion": "1.2.0",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/work/here"},
+            "root": {"path": "rootfs", "readonly": read_only},
+            "mounts": mounts,
+            "linux": {"namespaces": [{"type": "mount"}]},
+        });
+        fs::write(self.path("bundle/config.json"), config.to_string()).unwrap();
+        self.share.add(&self.id, &Bundle::load(&self.path("bundle")).unwrap())
+    }
+
+    fn bind(&self, source: &str, options: &[&str]) -> serde_json::Value {
+        json!([{"destination": "/mnt", "type": "bind", "source": self.path(source), "options": options}])
+    }
+}
+
+#[test]
+fn guest_sees_the_root_and_the_spec_says_where() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        let spec = f.add(false, f.bind("data", &["rbind"])).unwrap();
+        assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/run/kvrun/share/c1/rootfs"));
+        let source = spec.mounts().as_ref().unwrap()[0].source().clone().unwrap();
+        assert_eq!(source, Path::new("/run/kvrun/share/c1/mounts/0"));
+
+        assert_eq!(fs::read_to_string(f.path("share/c1/rootfs/etc/motd")).unwrap(), "hello");
+        fs::write(f.path("share/c1/rootfs/new"), "from the guest").unwrap();
+        assert_eq!(fs::read_to_string(f.path("bundle/rootfs/new")).unwrap(), "from the guest");
+        fs::write(f.path("share/c1/mounts/0/new"), "too").unwrap();
+        assert_eq!(fs::read_to_string(f.path("data/new")).unwrap(), "too");
+    });
+}
+
+#[test]
+fn file_is_shared_as_a_file() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        f.add(false, f.bind("file", &["bind"])).unwrap();
+        assert_eq!(fs::read_to_string(f.path("share/c1/mounts/0")).unwrap(), "a file");
+    });
+}
+
+#[test]
+fn share_itself_cannot_be_filled_by_the_guest() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        f.add(false, json!([])).unwrap();
+        for place in ["share/x", "share/c1/x", "share/c1/mounts/x"] {
+            let error = fs::write(f.path(place), "x").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
+        }
+    });
+}
+
+#[test]
+fn read_only_root_is_read_only_and_has_its_mount_points() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        f.add(true, f.bind("file", &["bind"])).unwrap();
+        let error = fs::write(f.path("share/c1/rootfs/x"), "x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+        assert!(f.path("bundle/rootfs/mnt").is_file());
+        assert!(f.path("bundle/rootfs/work/here").is_dir());
+        // It is the share that is read-only, not the bundle.
+        fs::write(f.path("bundle/rootfs/x"), "x").unwrap();
+    });
+}
+
+/// A tmpfs on `data/below`.
+fn mount_below(f: &Fixture) {
+    let none: Option<&std::ffi::CStr> = None;
+    rustix::mount::mount("tmpfs", f.path("data/below"), "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
+}
+
+#[test]
+fn read_only_bind_leaves_mounts_below_it_unless_recursive() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        mount_below(&f);
+        f.add(false, f.bind("data", &["rbind", "ro"])).unwrap();
+        let write = |id: &str, name: &str| fs::write(f.path(&format!("share/{id}/mounts/0/{name}")), "x");
+        assert_eq!(write("c1", "x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        write("c1", "below/x").unwrap();
+
+        let f2 = Fixture { id: "c2".parse().unwrap(), dir: f.dir, share: f.share };
+        f2.add(false, f2.bind("data", &["rbind", "rro"])).unwrap();
+        let write = |name: &str| fs::write(f2.path(&format!("share/c2/mounts/0/{name}")), "x");
+        assert_eq!(write("x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(write("below/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+    });
+}
+
+#[test]
+fn bind_that_is_not_recursive_leaves_out_what_is_mounted_below() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        mount_below(&f);
+        fs::write(f.path("data/below/x"), "x").unwrap();
+        f.add(false, f.bind("data", &["bind"])).unwrap();
+        assert!(!f.path("share/c1/mounts/0/below/x").exists());
+    });
+}
+
+#[test]
+fn device_nodes_in_the_share_do_not_open_on_the_host() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        let node = f.path("bundle/rootfs/null");
+        let (major, minor) = (1, 3);
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::mknodat(CWD, &node, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor)).unwrap();
+        f.add(false, json!([])).unwrap();
+        let error = fs::File::open(f.path("share/c1/rootfs/null")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    });
+}
+
+#[test]
+fn share_is_gone_when_dropped() {
+    in_namespace(|namespace| {
+        let Fixture { dir, share, id } = Fixture::new(namespace);
+        fs::set_permissions(dir.path().join("share"), fs::Permissions::from_mode(0o700)).unwrap();
+        drop((share, id));
+        assert_eq!(fs::read_dir(dir.path().join("share")).unwrap().count(), 0);
+        fs::remove_dir(dir.path().join("share")).unwrap();
+    });
+}
+
+#[test]
+fn namespace_is_refused_to_a_process_with_threads() {
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    let other = thread::spawn(move || receiver.recv());
+    assert!(matches!(enter_mount_namespace(), Err(ShareError::Namespace(_))));
+    drop(sender);
+    let _ = other.join();
+}

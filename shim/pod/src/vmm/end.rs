@@ -33,13 +33,13 @@ pub enum Death {
     #[error("{}", text::one_line(&.0.to_string(), 500))]
     Reported(ExitReason),
     /// The VMM was killed.
-    #[error("the VMM was killed by signal {0}")]
+    #[error("its VMM, kvrun-vmm, was killed by signal {0}")]
     Signaled(i32),
     /// The VMM ended without a word.
-    #[error("the VMM ended unexpectedly with exit code {0}")]
+    #[error("its VMM, kvrun-vmm, ended with exit code {0} and no reason")]
     Exited(i32),
     /// The VMM ended, and somebody else took its exit code.
-    #[error("the VMM ended unexpectedly")]
+    #[error("its VMM, kvrun-vmm, ended for no known reason")]
     Unknown,
     /// We have killed the VMM.
     #[error("it was killed because {0}")]

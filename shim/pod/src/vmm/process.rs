@@ -96,6 +96,12 @@ impl Guard {
         Ok(Self { pidfd: child.pidfd.try_clone()? })
     }
 
+    /// Another descriptor for the process.
+    #[cfg(test)]
+    pub(super) fn pidfd(&self) -> OwnedFd {
+        self.pidfd.try_clone().unwrap()
+    }
+
     pub(super) fn kill(&self) {
         // It may have ended already; there is no other error for a child of ours.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
