@@ -12,9 +12,9 @@ pub mod fs;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
-pub mod vsock;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 
 use std::sync::Arc;
 

@@ -4,6 +4,7 @@
 //! `virtiofsd` reads a descriptor chain over guest memory of its own type, and trusts some of what it finds there:
 //!
 //! * names are passed on to `unlinkat(2)` and the like, so `../../x` would leave the share;
+//! * a client that knows less than it may wish makes it write to standard error, time and again;
 //! * room for less than the header of an answer makes it panic, and so does a file offset above `i64::MAX`.
 //!
 //! A guest may change all of these while they are being read. So each worker has a [`Frame`]: a private area that appears
@@ -53,11 +54,15 @@ const IN_HEADER_LEN: usize = 40;
 const MIN_COPY: usize = IN_HEADER_LEN + 40;
 /// Where both `struct fuse_read_in` and `struct fuse_write_in` hold the offset.
 const FILE_OFFSET: std::ops::Range<usize> = 48..56;
+/// Where `struct fuse_init_in` holds the flags.
+const INIT_FLAGS: std::ops::Range<usize> = 52..56;
 /// `struct fuse_out_header`: the least room an answer needs.
 const OUT_HEADER_LEN: u64 = 16;
 
 const FUSE_READ: u32 = 15;
 const FUSE_WRITE: u32 = 16;
+const FUSE_INIT: u32 = 26;
+const FUSE_SUBMOUNTS: u32 = 1 << 27;
 
 /// The size of the argument that comes before the names of a request, and how many names follow: `enum fuse_opcode`.
 fn names_of(opcode: u32) -> Option<(usize, usize)> {
@@ -148,6 +153,11 @@ impl Frame {
             self.take(MAX_COPY)?;
             let names = self.copy.get(IN_HEADER_LEN + argument..).ok_or(BadRequest)?;
             check_names(names, count)?;
+        }
+        if let (FUSE_INIT, Some(flags)) = (opcode, self.copy.get_mut(INIT_FLAGS)) {
+            // What Linux has said since 5.10. To a client that does not, the server would say so on standard error, as often
+            // as the client likes to hear it.
+            flags[3] |= (FUSE_SUBMOUNTS >> 24) as u8;
         }
         if let (FUSE_READ | FUSE_WRITE, Some(offset)) = (opcode, self.copy.get_mut(FILE_OFFSET)) {
             // Beyond the end of any file all offsets are the same.

@@ -208,3 +208,15 @@ fn private_memory_of_the_device_is_out_of_reach() {
     }
     assert_alive(&mut guest);
 }
+
+#[test]
+fn a_session_can_begin_again_and_again() {
+    let mut guest = Guest::mounted(false);
+    let node = guest.create(ROOT, "file", libc::O_RDWR, 0o100_644).unwrap().0.node;
+    // A client without any feature; that it does not know FUSE_SUBMOUNTS is not even noticed.
+    let answer = guest.call(op::INIT, 0, &fields(&[7, 40, 0, 0])).unwrap();
+    assert_eq!(u32_at(&answer, 12), 1 << 27);
+    assert_eq!(guest.call(op::GETATTR, node, &[0; 16]).unwrap_err(), libc::EBADF);
+    assert_eq!(guest.call(op::INIT, 0, &fields(&[6, 0, 0, 0])).unwrap_err(), libc::EPROTO);
+    assert_alive(&mut guest);
+}
