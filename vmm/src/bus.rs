@@ -102,3 +102,84 @@ impl Bus {
 
 /// The widest access of one instruction that is not a string instruction, in bytes: KVM splits what is wider.
 const MAX_SINGLE_ACCESS: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Answers with its name; notes what is written.
+    struct Probe(u8, Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl BusDevice for Probe {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(self.0);
+            data[0] = offset as u8;
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.1.lock().unwrap().push((offset, data.to_vec()));
+        }
+    }
+
+    fn probe(name: u8) -> Arc<Probe> {
+        Arc::new(Probe(name, Mutex::default()))
+    }
+
+    #[test]
+    fn access_reaches_the_device_of_its_range() {
+        let (low, high) = (probe(1), probe(2));
+        let mut bus = Bus::new();
+        bus.insert(0x2000, 0x1000, high.clone()).unwrap();
+        bus.insert(0x1000, 0x1000, low.clone()).unwrap();
+        let mut data = [0; 2];
+        assert!(bus.read(0x1ffe, &mut data));
+        assert_eq!(data, [0xfe, 1]);
+        assert!(bus.read(0x2000, &mut data));
+        assert_eq!(data, [0, 2]);
+        assert!(bus.write(0x2ffc, &[1, 2, 3, 4]));
+        assert_eq!(*high.1.lock().unwrap(), [(0xffc, vec![1, 2, 3, 4])]);
+        assert!(low.1.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn nothing_answers_all_ones_and_loses_writes() {
+        let mut bus = Bus::new();
+        let mut data = [0; 4];
+        assert!(!bus.read(0, &mut data));
+        assert_eq!(data, [0xff; 4]);
+        bus.insert(0x10, 0x10, probe(1)).unwrap();
+        for address in [0, 0xf, 0x20, u64::MAX] {
+            assert!(!bus.read(address, &mut data), "{address:#x}");
+            assert_eq!(data, [0xff; 4]);
+            assert!(!bus.write(address, &data), "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn access_that_reaches_past_the_range_is_nobodys() {
+        let mut bus = Bus::new();
+        let device = probe(1);
+        bus.insert(0x10, 4, device.clone()).unwrap();
+        assert!(!bus.write(0x12, &[0; 4]));
+        assert!(bus.write(0x12, &[0; 2]));
+        // A string instruction writes all its data to one port.
+        assert!(bus.write(0x13, &[0; 100]));
+        assert_eq!(device.1.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn ranges_that_overlap_or_wrap_are_refused() {
+        let mut bus = Bus::new();
+        bus.insert(0x10, 0x10, probe(1)).unwrap();
+        for (base, length) in
+            [(0x10, 0x10), (0x1f, 1), (0x8, 9), (0, u64::MAX), (0x14, 2), (0x30, 0), (u64::MAX, 2)]
+        {
+            assert!(bus.insert(base, length, probe(2)).is_err(), "{base:#x}..+{length:#x}");
+        }
+        bus.insert(0x20, 1, probe(2)).unwrap();
+        bus.insert(0xf, 1, probe(2)).unwrap();
+        bus.insert(u64::MAX, 1, probe(3)).unwrap();
+        assert!(bus.write(u64::MAX, &[0]));
+    }
+}

@@ -12,6 +12,6 @@ pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
-    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, build, cmdline_for_vcpus,
-    memory_regions, vm::NEEDED_CAPABILITIES,
+    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, build,
+    cmdline_for_vcpus, memory_regions, vm::NEEDED_CAPABILITIES,
 };

@@ -32,7 +32,10 @@ macro_rules! code {
         }
         // SAFETY: probes.s defines both, END after START, and only bytes of a read-only section between them.
         unsafe {
-            std::slice::from_raw_parts(&raw const START, (&raw const END).offset_from(&raw const START) as usize)
+            std::slice::from_raw_parts(
+                &raw const START,
+                (&raw const END).offset_from(&raw const START) as usize,
+            )
         }
     }};
 }
@@ -143,7 +146,9 @@ pub(super) fn run(kvm: &Kvm) -> Vec<Finding> {
     let mut findings = Vec::new();
     for probe in probes() {
         match try_one(kvm, &mem, &probe) {
-            Ok(Some(Outcome::Right)) => findings.push(Finding::new(probe.name, true, "executed in the guest")),
+            Ok(Some(Outcome::Right)) => {
+                findings.push(Finding::new(probe.name, true, "executed in the guest"));
+            }
             // The processor does not have it, so no kernel uses it.
             Ok(None) => {}
             Ok(Some(outcome)) => {
@@ -156,15 +161,20 @@ pub(super) fn run(kvm: &Kvm) -> Vec<Finding> {
                 };
                 findings.push(Finding::new(probe.name, false, detail));
                 if matches!(outcome, Outcome::Hung) {
-                    findings.push(Finding::new("the other instructions", false, "not tried after one that hung"));
+                    findings.push(Finding::new(
+                        "the other instructions",
+                        false,
+                        "not tried after one that hung",
+                    ));
                     break;
                 }
             }
             Err(error) => {
-                let detail = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join(": ");
+                let detail =
+                    std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
+                        .map(ToString::to_string)
+                        .collect::<Vec<_>>()
+                        .join(": ");
                 findings.push(Finding::new(probe.name, false, detail));
                 break;
             }
@@ -313,7 +323,9 @@ fn run_to_end(vcpu: &mut VcpuFd) -> Outcome {
             Ok(VcpuExit::IoOut(PORT_RESULT, [1])) => Outcome::Right,
             Ok(VcpuExit::IoOut(PORT_RESULT, _)) => Outcome::Wrong,
             Ok(VcpuExit::IoOut(PORT_EXCEPTION, &[vector])) => Outcome::Exception(vector),
-            Ok(VcpuExit::InternalError) => Outcome::Failed(format!("KVM gave up: {}", internal_error(0, vcpu))),
+            Ok(VcpuExit::InternalError) => {
+                Outcome::Failed(format!("KVM gave up: {}", internal_error(0, vcpu)))
+            }
             Ok(VcpuExit::Shutdown) => Outcome::Failed("triple fault".into()),
             Ok(VcpuExit::Intr) => continue,
             Ok(other) => Outcome::Failed(format!("unexpected exit {other:?}")),

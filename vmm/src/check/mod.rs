@@ -73,7 +73,11 @@ pub fn run_with(kvm: &Kvm) -> Vec<Finding> {
     }
     for (capability, name) in NEEDED_CAPABILITIES {
         let ok = kvm.check_extension(*capability);
-        findings.push(Finding::new(*name, ok, if ok { "present" } else { "missing; a newer host kernel has it" }));
+        findings.push(Finding::new(
+            *name,
+            ok,
+            if ok { "present" } else { "missing; a newer host kernel has it" },
+        ));
     }
     findings.push(kvmclock(kvm));
     findings.extend(guest::run(kvm));
@@ -88,7 +92,8 @@ fn kvmclock(kvm: &Kvm) -> Finding {
     let name = "kvmclock";
     match kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES) {
         Ok(cpuid) => {
-            let ok = cpuid.as_slice().iter().any(|leaf| leaf.function == FEATURES && leaf.eax & CLOCKSOURCE2 != 0);
+            let ok =
+                cpuid.as_slice().iter().any(|leaf| leaf.function == FEATURES && leaf.eax & CLOCKSOURCE2 != 0);
             Finding::new(name, ok, if ok { "present" } else { "missing from the supported CPUID" })
         }
         Err(error) => Finding::new(name, false, format!("cannot get the supported CPUID: {error}")),

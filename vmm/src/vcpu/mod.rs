@@ -14,6 +14,8 @@
 
 pub mod exit;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;

@@ -89,7 +89,12 @@ pub fn write(mem: &GuestRam, kernel: &LoadedKernel, source: &BootSource<'_>) -> 
 /// The memory map of a machine whose memory slots are `regions` (start and length each): all RAM, but for what lies
 /// between conventional memory and 1 MiB.
 fn memory_map(regions: impl Iterator<Item = (u64, u64)>) -> Vec<hvm_memmap_table_entry> {
-    let entry = |start: u64, end: u64, type_| hvm_memmap_table_entry { addr: start, size: end - start, type_, reserved: 0 };
+    let entry = |start: u64, end: u64, type_| hvm_memmap_table_entry {
+        addr: start,
+        size: end - start,
+        type_,
+        reserved: 0,
+    };
     let (table, high) = (layout::MP_TABLE.0, layout::HIGH_RAM.0);
     let mut map = Vec::new();
     for (start, length) in regions {
@@ -105,7 +110,11 @@ fn memory_map(regions: impl Iterator<Item = (u64, u64)>) -> Vec<hvm_memmap_table
 }
 
 /// Puts the initramfs at the top of the memory below the gap, out of the kernel's way while it sets itself up.
-fn load_initramfs(mem: &GuestRam, kernel: &LoadedKernel, file: &File) -> Result<(GuestAddress, u64), BootError> {
+fn load_initramfs(
+    mem: &GuestRam,
+    kernel: &LoadedKernel,
+    file: &File,
+) -> Result<(GuestAddress, u64), BootError> {
     let size = file.metadata().map_err(BootError::InitramfsRead)?.len();
     if size == 0 {
         return Err(BootError::InitramfsEmpty);
@@ -144,7 +153,8 @@ pub(super) fn read_into(
     address: GuestAddress,
     size: usize,
 ) -> io::Result<()> {
-    let slice = mem.get_slice(address, size).map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
+    let slice =
+        mem.get_slice(address, size).map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
     let mut done = 0;
     while done < size {
         let at = i64::try_from(offset + done as u64).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -165,4 +175,100 @@ pub(super) fn read_into(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+    use crate::memory;
+
+    const MIB: u64 = 1 << 20;
+    const KERNEL: LoadedKernel = LoadedKernel { entry: GuestAddress(MIB), end: GuestAddress(16 * MIB) };
+
+    fn file(length: usize) -> File {
+        let mut file = File::from(memfd_create("initramfs", MemfdFlags::CLOEXEC).unwrap());
+        file.write_all(&vec![b'i'; length]).unwrap();
+        file
+    }
+
+    fn map(mib: u64) -> Vec<(u64, u64, u32)> {
+        let regions = layout::memory_regions(mib * MIB);
+        memory_map(regions.into_iter().map(|(start, length)| (start.0, length)))
+            .into_iter()
+            .map(|entry| (entry.addr, entry.addr + entry.size, entry.type_))
+            .collect()
+    }
+
+    #[test]
+    fn memory_map_covers_memory_and_nothing_else() {
+        const LOW: [(u64, u64, u32); 2] = [(0, 0x9_fc00, E820_RAM), (0x9_fc00, MIB, E820_RESERVED)];
+        const GIB: u64 = 1024;
+        for (mib, tail) in [
+            (48, vec![(MIB, 48 * MIB)]),
+            (3 * GIB - 1, vec![(MIB, (3 * GIB - 1) * MIB)]),
+            (3 * GIB, vec![(MIB, 3 * GIB * MIB)]),
+            (3 * GIB + 1, vec![(MIB, 3 * GIB * MIB), (4 * GIB * MIB, (4 * GIB + 1) * MIB)]),
+            (8 * GIB, vec![(MIB, 3 * GIB * MIB), (4 * GIB * MIB, 9 * GIB * MIB)]),
+        ] {
+            let tail = tail.into_iter().map(|(start, end)| (start, end, E820_RAM));
+            assert_eq!(map(mib), LOW.into_iter().chain(tail).collect::<Vec<_>>(), "{mib} MiB");
+        }
+    }
+
+    #[test]
+    fn start_info_tells_where_everything_is() {
+        let mem = memory::allocate(64).unwrap();
+        let initramfs = file(5000);
+        let source = BootSource { kernel: &initramfs, initramfs: &initramfs, cmdline: "a=b c" };
+        write(&mem, &KERNEL, &source).unwrap();
+        let info: hvm_start_info = mem.read_obj(layout::START_INFO).unwrap();
+        assert_eq!((info.magic, info.version, info.nr_modules, info.memmap_entries), (0x336e_c578, 1, 1, 3));
+        let module: hvm_modlist_entry = mem.read_obj(GuestAddress(info.modlist_paddr)).unwrap();
+        assert_eq!((module.paddr, module.size), (64 * MIB - 8192, 5000));
+        assert_eq!(mem.read_obj::<[u8; 2]>(GuestAddress(module.paddr + 4998)).unwrap(), *b"ii");
+        assert_eq!(mem.read_obj::<[u8; 6]>(GuestAddress(info.cmdline_paddr)).unwrap(), *b"a=b c\0");
+        let first: hvm_memmap_table_entry = mem.read_obj(GuestAddress(info.memmap_paddr)).unwrap();
+        assert_eq!((first.addr, first.size, first.type_), (0, 0x9_fc00, E820_RAM));
+    }
+
+    #[test]
+    fn initramfs_fits_exactly_or_is_refused() {
+        let mem = memory::allocate(17).unwrap();
+        assert!(load_initramfs(&mem, &KERNEL, &file(MIB as usize)).is_ok());
+        for length in [MIB as usize + 1, 18 << 20] {
+            let error = load_initramfs(&mem, &KERNEL, &file(length)).unwrap_err();
+            assert!(matches!(error, BootError::InitramfsDoesNotFit { .. }), "{error}");
+        }
+        assert!(matches!(load_initramfs(&mem, &KERNEL, &file(0)), Err(BootError::InitramfsEmpty)));
+    }
+
+    #[test]
+    fn initramfs_of_a_machine_with_memory_above_the_gap_lies_below_it() {
+        let mem = memory::allocate(5 * 1024).unwrap();
+        let (start, size) = load_initramfs(&mem, &KERNEL, &file(100)).unwrap();
+        assert_eq!((start.0, size), (layout::GAP_START - 4096, 100));
+    }
+
+    #[test]
+    fn command_line_is_bounded() {
+        let mem = memory::allocate(2).unwrap();
+        let longest = "x".repeat(layout::CMDLINE_CAPACITY);
+        write_cmdline(&mem, &longest).unwrap();
+        let too_long = write_cmdline(&mem, &format!("{longest}y")).unwrap_err();
+        assert!(matches!(too_long, BootError::CmdlineTooLong { length: 2048 }));
+        assert!(matches!(write_cmdline(&mem, "a\0b"), Err(BootError::CmdlineNul)));
+    }
+
+    #[test]
+    fn a_file_that_shrinks_while_it_is_read_is_an_error() {
+        let mem = memory::allocate(2).unwrap();
+        let error = read_into(&file(100), 0, &mem, GuestAddress(0), 101).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let outside = read_into(&file(100), 0, &mem, GuestAddress(2 * MIB - 99), 100).unwrap_err();
+        assert_eq!(outside.kind(), io::ErrorKind::InvalidInput);
+    }
 }

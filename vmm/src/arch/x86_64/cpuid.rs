@@ -101,9 +101,7 @@ fn filter(supported: &[kvm_cpuid_entry2], vcpus: u8, deadline_timer: bool) -> Ve
         .iter()
         .copied()
         // Topology leaves are made below; a leaf that is not there reads as zero, which for 0x80000026 means "look at 0xb".
-        .filter(|entry| {
-            !matches!(entry.function, leaf::TOPOLOGY | leaf::TOPOLOGY_V2 | leaf::AMD_TOPOLOGY_V2)
-        })
+        .filter(|entry| !matches!(entry.function, leaf::TOPOLOGY | leaf::TOPOLOGY_V2 | leaf::AMD_TOPOLOGY_V2))
         .collect();
     for entry in &mut entries {
         match entry.function {
@@ -195,5 +193,125 @@ fn set_apic_id(entries: &mut [kvm_cpuid_entry2], index: u8, vcpus: u8) {
             }
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn vendor(name: &[u8; 12], max: u32) -> kvm_cpuid_entry2 {
+        let word = |i: usize| u32::from_le_bytes([name[i], name[i + 1], name[i + 2], name[i + 3]]);
+        leaf(0, 0, [max, word(0), word(8), word(4)])
+    }
+
+    fn get(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *entries.iter().find(|entry| (entry.function, entry.index) == (function, index)).unwrap()
+    }
+
+    fn intel() -> Vec<kvm_cpuid_entry2> {
+        vec![
+            vendor(b"GenuineIntel", 0x1f),
+            leaf(1, 0, [0xc06f2, 0x12ff_0800, !(1 << 31), u32::MAX]),
+            // First-level data and third-level cache.
+            leaf(4, 0, [0xfc00_4121, 1, 2, 3]),
+            leaf(4, 3, [0xfc1f_c163, 1, 2, 3]),
+            leaf(4, 4, [0, 0, 0, 0]),
+            leaf(6, 0, [0xff, 1, 9, 0]),
+            leaf(7, 0, [2, u32::MAX, u32::MAX, u32::MAX]),
+            leaf(0xa, 0, [0x0830_0805, 0, 0, 0x603]),
+            leaf(0xb, 0, [1, 2, 0x100, 77]),
+            leaf(0xb, 1, [6, 64, 0x201, 77]),
+            leaf(0x1f, 0, [1, 2, 0x100, 77]),
+        ]
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_apic_id_everywhere() {
+        for vcpus in [1, 2, 3, 32] {
+            let template = Template { entries: filter(&intel(), vcpus, true), vcpus };
+            for index in 0..vcpus {
+                let cpuid = template.for_vcpu(index).unwrap();
+                let entries = cpuid.as_slice();
+                assert_eq!(get(entries, 1, 0).ebx >> 24, u32::from(index));
+                assert_eq!(get(entries, 1, 0).ebx & 0xff00, 0x0800, "CLFLUSH line size is kept");
+                for (function, level) in [(0xb, 0), (0xb, 1), (0x1f, 0), (0x1f, 1)] {
+                    assert_eq!(get(entries, function, level).edx, u32::from(index));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn topology_is_one_package_of_single_threaded_cores() {
+        for (vcpus, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (32, 5)] {
+            let entries = filter(&intel(), vcpus, true);
+            let (threads, cores, end) = (get(&entries, 0xb, 0), get(&entries, 0xb, 1), get(&entries, 0xb, 2));
+            assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
+            assert_eq!((cores.eax, cores.ebx, cores.ecx), (bits, u32::from(vcpus), 0x201));
+            assert_eq!((end.eax, end.ebx, end.ecx), (0, 0, 2));
+            assert_eq!(get(&entries, 1, 0).ebx >> 16 & 0xff, 1 << bits);
+            assert_eq!(get(&entries, 1, 0).edx >> 28 & 1, u32::from(vcpus > 1));
+            let (first, last) = (get(&entries, 4, 0).eax, get(&entries, 4, 3).eax);
+            assert_eq!((first >> 14 & 0xfff, last >> 14 & 0xfff), (0, (1 << bits) - 1));
+            assert_eq!((first & 0x3fff, last & 0x3fff), (0x121, 0x163), "what the cache is stays");
+            assert_eq!(entries.iter().filter(|entry| entry.function == 0x1f).count(), 3);
+        }
+    }
+
+    #[test]
+    fn what_a_pod_cannot_use_is_hidden() {
+        let entries = filter(&intel(), 2, true);
+        let features = get(&entries, 1, 0);
+        assert_eq!(features.ecx >> 15 & 1, 0, "PDCM");
+        assert_eq!(features.ecx >> 31, 1, "hypervisor");
+        assert_eq!(features.ecx >> 24 & 1, 1, "TSC deadline");
+        assert_eq!(get(&filter(&intel(), 2, false), 1, 0).ecx >> 24 & 1, 0);
+        assert_eq!(get(&entries, 7, 0).ecx >> 5 & 1, 0, "WAITPKG");
+        let thermal = get(&entries, 6, 0);
+        assert_eq!(
+            (thermal.eax, thermal.ecx),
+            (4, 0),
+            "no turbo, no energy hint; the APIC timer never stops"
+        );
+        let pmu = get(&entries, 0xa, 0);
+        assert_eq!((pmu.eax, pmu.ebx, pmu.ecx, pmu.edx), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn amd_says_it_in_its_own_leaves_too() {
+        let supported = [
+            vendor(b"AuthenticAMD", 0x10),
+            leaf(1, 0, [0, 0, 0, 0]),
+            leaf(0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
+            leaf(0x8000_0008, 0, [0x3030, 5, 0x703f, 7]),
+            leaf(0x8000_001d, 3, [0x3c163, 0, 0, 0]),
+            leaf(0x8000_001e, 0, [77, 77, 77, 0]),
+            leaf(0x8000_0022, 0, [1, 6, 0, 0]),
+            leaf(0x8000_0026, 0, [1, 2, 3, 4]),
+        ];
+        let template = Template { entries: filter(&supported, 3, true), vcpus: 3 };
+        let cpuid = template.for_vcpu(2).unwrap();
+        let entries = cpuid.as_slice();
+        assert_eq!(get(entries, 0x8000_0001, 0).ecx >> 23 & 0b10_0011, 0, "performance counters");
+        assert_eq!(get(entries, 0x8000_0008, 0).ecx, 2 << 12 | 2);
+        assert_eq!(get(entries, 0x8000_0008, 0).eax, 0x3030, "address sizes are kept");
+        assert_eq!(get(entries, 0x8000_001d, 3).eax, 0x163 | 3 << 14);
+        assert_eq!(get(entries, 0x8000_001e, 0).eax, 2);
+        assert_eq!(get(entries, 0x8000_001e, 0).ebx, 2);
+        assert_eq!(get(entries, 0x8000_0022, 0).eax, 0);
+        assert!(entries.iter().all(|entry| entry.function != 0x8000_0026));
+        assert!(entries.iter().all(|entry| entry.function != 0x1f), "beyond the highest leaf");
+        assert_eq!(get(entries, 0xb, 1).edx, 2);
+    }
+
+    #[test]
+    fn too_many_leaves_are_an_error() {
+        let template = Template { entries: vec![leaf(1, 0, [0; 4]); KVM_MAX_CPUID_ENTRIES + 1], vcpus: 1 };
+        assert!(matches!(template.for_vcpu(0), Err(CpuidError::TooMany)));
     }
 }

@@ -51,7 +51,9 @@ pub enum KernelError {
     #[error("the kernel has no PVH entry point; build it with CONFIG_PVH=y")]
     NoPvhNote,
     /// The guest has too little memory for it.
-    #[error("the kernel needs memory up to {end:#x}, the guest has memory up to {memory_end:#x}; give it more memory")]
+    #[error(
+        "the kernel needs memory up to {end:#x}, the guest has memory up to {memory_end:#x}; give it more memory"
+    )]
     DoesNotFit {
         /// Its last byte.
         end: u64,
@@ -97,7 +99,8 @@ pub fn load(file: &File, mem: &GuestRam) -> Result<LoadedKernel, KernelError> {
 
 /// Puts one segment into guest memory. What follows it, up to its size in memory, is zero already.
 fn place(file: &File, segment: Segment, mem: &GuestRam) -> Result<(), KernelError> {
-    let size = usize::try_from(segment.file_size).map_err(|_| KernelError::Corrupt("a segment is too large"))?;
+    let size =
+        usize::try_from(segment.file_size).map_err(|_| KernelError::Corrupt("a segment is too large"))?;
     super::boot::read_into(file, segment.offset, mem, GuestAddress(segment.address), size)
         .map_err(KernelError::Read)
 }
@@ -164,14 +167,12 @@ impl Image<'_> {
         if !segments.iter().any(in_file) {
             return Err(KernelError::Corrupt("its PVH entry point lies outside its segments"));
         }
-        Ok((
-            segments,
-            LoadedKernel { entry: GuestAddress(u64::from(entry)), end: GuestAddress(end) },
-        ))
+        Ok((segments, LoadedKernel { entry: GuestAddress(u64::from(entry)), end: GuestAddress(end) }))
     }
 
     fn check(&self, offset: u64, size: u64, what: &'static str) -> Result<(), KernelError> {
-        let end = offset.checked_add(size).ok_or(KernelError::Corrupt("an offset in the file wraps around"))?;
+        let end =
+            offset.checked_add(size).ok_or(KernelError::Corrupt("an offset in the file wraps around"))?;
         if end > self.length {
             return Err(KernelError::Truncated { what, end, length: self.length });
         }
@@ -211,4 +212,207 @@ fn u32_at(bytes: &[u8], offset: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from(u32_at(bytes, offset)) | u64::from(u32_at(bytes, offset + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::memory;
+
+    const MIB: u64 = 1 << 20;
+    const MEMORY_MIB: u32 = 48;
+
+    /// An image with one segment of 32 bytes at 1 MiB, which is its entry point, and one of zeroes behind it.
+    struct Builder {
+        header: [u8; EHDR_SIZE],
+        segments: Vec<[u8; PHDR_SIZE]>,
+        notes: Vec<u8>,
+    }
+
+    const CODE: [u8; 32] = [0x90; 32];
+    const CODE_OFFSET: u64 = 0x400;
+    const NOTES_OFFSET: u64 = 0x300;
+
+    fn phdr(kind: u32, offset: u64, address: u64, file_size: u64, memory_size: u64) -> [u8; PHDR_SIZE] {
+        let mut header = [0; PHDR_SIZE];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        for (at, value) in [(8, offset), (24, address), (32, file_size), (40, memory_size)] {
+            header[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        header
+    }
+
+    fn note(name: &[u8], kind: u32, value: &[u8]) -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [name.len() as u32, value.len() as u32, kind] {
+            note.extend_from_slice(&word.to_le_bytes());
+        }
+        for part in [name, value] {
+            note.extend_from_slice(part);
+            note.resize(note.len().next_multiple_of(4), 0);
+        }
+        note
+    }
+
+    impl Builder {
+        fn new() -> Self {
+            let mut header = [0; EHDR_SIZE];
+            header[..6].copy_from_slice(b"\x7fELF\x02\x01");
+            header[18..20].copy_from_slice(&EM_X86_64.to_le_bytes());
+            header[32..40].copy_from_slice(&(EHDR_SIZE as u64).to_le_bytes());
+            header[54..56].copy_from_slice(&(PHDR_SIZE as u16).to_le_bytes());
+            let notes = [
+                note(b"GNU\0", 3, &[7; 20]),
+                note(b"Xen\0", 19, &[1; 3]),
+                note(b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY, &MIB.to_le_bytes()),
+            ]
+            .concat();
+            let segments = vec![
+                phdr(PT_LOAD, CODE_OFFSET, MIB, CODE.len() as u64, CODE.len() as u64),
+                phdr(PT_LOAD, 0, MIB + 0x1000, 0, 0x2000),
+                phdr(PT_NOTE, NOTES_OFFSET, 0, notes.len() as u64, 0),
+            ];
+            Self { header, segments, notes }
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            let mut header = self.header;
+            header[56..58].copy_from_slice(&(self.segments.len() as u16).to_le_bytes());
+            let mut bytes = [&header[..], &self.segments.concat()].concat();
+            bytes.resize(NOTES_OFFSET as usize, 0);
+            bytes.extend_from_slice(&self.notes);
+            bytes.resize(CODE_OFFSET as usize, 0);
+            bytes.extend_from_slice(&CODE);
+            bytes
+        }
+
+        fn load(&self) -> Result<LoadedKernel, KernelError> {
+            load_bytes(&self.bytes())
+        }
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn load_bytes(bytes: &[u8]) -> Result<LoadedKernel, KernelError> {
+        load(&file(bytes), &memory::allocate(MEMORY_MIB).unwrap())
+    }
+
+    #[test]
+    fn segments_are_loaded_where_they_say() {
+        let mem = memory::allocate(MEMORY_MIB).unwrap();
+        let kernel = load(&file(&Builder::new().bytes()), &mem).unwrap();
+        assert_eq!(kernel, LoadedKernel { entry: GuestAddress(MIB), end: GuestAddress(MIB + 0x3000) });
+        let mut code = [0; 33];
+        mem.read_slice(&mut code, GuestAddress(MIB)).unwrap();
+        assert_eq!(code[..32], CODE);
+        assert_eq!(code[32], 0);
+    }
+
+    #[test]
+    fn an_image_cut_off_anywhere_is_refused() {
+        let bytes = Builder::new().bytes();
+        for length in 0..bytes.len() {
+            match load_bytes(&bytes[..length]).unwrap_err() {
+                KernelError::NotElf if length < 4 => {}
+                KernelError::Truncated { end, length: told, .. } => {
+                    assert!(end > told && told == length as u64);
+                }
+                other => panic!("{length}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn no_single_byte_makes_the_loader_fail_otherwise_than_by_an_error() {
+        let mem = memory::allocate(MEMORY_MIB).unwrap();
+        let bytes = Builder::new().bytes();
+        for index in 0..CODE_OFFSET as usize {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut bytes = bytes.clone();
+                bytes[index] = value;
+                // Whatever it is called, what is loaded lies in memory.
+                if let Ok(kernel) = load(&file(&bytes), &mem) {
+                    assert!(kernel.entry < kernel.end && kernel.end.0 <= u64::from(MEMORY_MIB) * MIB);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_told_apart() {
+        let refuse = |change: fn(&mut Builder)| {
+            let mut builder = Builder::new();
+            change(&mut builder);
+            builder.load().unwrap_err()
+        };
+        assert!(matches!(load_bytes(b"").unwrap_err(), KernelError::NotElf));
+        assert!(matches!(load_bytes(b"MZ\0\0 a bzImage").unwrap_err(), KernelError::NotElf));
+        assert!(matches!(refuse(|b| b.header[4] = 1), KernelError::WrongMachine));
+        assert!(matches!(refuse(|b| b.header[5] = 2), KernelError::WrongMachine));
+        assert!(matches!(refuse(|b| b.header[18] = 183), KernelError::WrongMachine));
+        assert!(matches!(refuse(|b| b.header[54] = 57), KernelError::Corrupt(_)));
+        assert!(matches!(refuse(|b| b.segments.truncate(2)), KernelError::NoPvhNote));
+        assert!(matches!(refuse(|b| b.segments.clear()), KernelError::NoPvhNote));
+        // The PVH note under another name.
+        assert!(matches!(
+            refuse(|b| *b.notes.iter_mut().rfind(|byte| **byte == b'X').unwrap() = b'Y'),
+            KernelError::NoPvhNote
+        ));
+    }
+
+    #[test]
+    fn segments_outside_memory_are_refused() {
+        let load_at = |address, file_size, memory_size| {
+            let mut builder = Builder::new();
+            builder.segments.push(phdr(PT_LOAD, CODE_OFFSET, address, file_size, memory_size));
+            builder.load()
+        };
+        let end = u64::from(MEMORY_MIB) * MIB;
+        assert!(load_at(end - 32, 32, 32).is_ok());
+        assert!(matches!(load_at(end - 31, 32, 32), Err(KernelError::DoesNotFit { .. })));
+        assert!(matches!(load_at(end - 32, 32, 33), Err(KernelError::DoesNotFit { .. })));
+        assert!(matches!(load_at(u64::MAX - 31, 32, 32), Err(KernelError::Corrupt(_))));
+        assert!(matches!(load_at(2 * MIB, 0, u64::MAX), Err(KernelError::Corrupt(_))));
+        assert!(matches!(load_at(MIB - 1, 32, 32), Err(KernelError::Corrupt(_))));
+        assert!(matches!(load_at(0, 32, 32), Err(KernelError::Corrupt(_))));
+        assert!(matches!(load_at(2 * MIB, 32, 31), Err(KernelError::Corrupt(_))));
+        assert!(matches!(load_at(2 * MIB, 33, 33), Err(KernelError::Truncated { .. })));
+        assert!(matches!(load_at(2 * MIB, u64::MAX, u64::MAX), Err(KernelError::Corrupt(_))));
+    }
+
+    #[test]
+    fn an_entry_point_outside_the_kernel_is_refused() {
+        for entry in [0u32, MIB as u32 - 1, MIB as u32 + 32, MIB as u32 + 0x1000, u32::MAX] {
+            let mut builder = Builder::new();
+            builder.notes = note(b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY, &entry.to_le_bytes());
+            builder.segments[2] = phdr(PT_NOTE, NOTES_OFFSET, 0, builder.notes.len() as u64, 0);
+            assert!(matches!(builder.load(), Err(KernelError::Corrupt(_))), "{entry:#x}");
+        }
+    }
+
+    #[test]
+    fn hostile_notes_end_the_search() {
+        let lengths = [0, 1, 4, 0x7fff_fffd, 0xffff_fffd, u32::MAX];
+        for name in lengths {
+            for value in lengths {
+                let mut notes = [name.to_le_bytes(), value.to_le_bytes(), 18u32.to_le_bytes()].concat();
+                notes.extend_from_slice(b"Xen\0\x01");
+                for length in 0..=notes.len() {
+                    assert_eq!(pvh_entry(&notes[..length]), None);
+                }
+            }
+        }
+        let good = note(b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY, &7u32.to_le_bytes());
+        assert_eq!(pvh_entry(&good), Some(7));
+        assert_eq!(pvh_entry(&[note(b"a", 18, b"bcdef"), good].concat()), Some(7));
+    }
 }

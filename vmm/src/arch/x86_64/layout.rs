@@ -72,3 +72,49 @@ pub fn memory_regions(bytes: u64) -> Vec<(GuestAddress, u64)> {
     }
     regions
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_split_around_the_gap() {
+        const MIB: u64 = 1 << 20;
+        for (mib, low, high) in [
+            (48, 48, 0),
+            (3071, 3071, 0),
+            (3072, 3072, 0),
+            (3073, 3072, 1),
+            (4096, 3072, 1024),
+            (1024 * 1024, 3072, 1024 * 1024 - 3072),
+        ] {
+            let mut expected = vec![(GuestAddress(0), low * MIB)];
+            if high > 0 {
+                expected.push((GuestAddress(GAP_END), high * MIB));
+            }
+            assert_eq!(memory_regions(mib * MIB), expected, "{mib} MiB");
+        }
+    }
+
+    #[test]
+    fn nothing_overlaps() {
+        let areas = [
+            (GDT.0, 32),
+            (START_INFO.0, 0x40),
+            (MODULE_LIST.0, 32),
+            (MEMORY_MAP.0, 24 * 8),
+            (CMDLINE.0, CMDLINE_CAPACITY as u64 + 1),
+            (MP_TABLE.0, MP_TABLE_CAPACITY as u64),
+            (HIGH_RAM.0, GAP_START - HIGH_RAM.0),
+            (MMIO_BASE, MMIO_END - MMIO_BASE),
+            (u64::from(IOAPIC), 4096),
+            (u64::from(LOCAL_APIC), 4096),
+            (KVM_TSS as u64, 3 * 4096),
+            (GAP_END, 1),
+        ];
+        for pair in areas.windows(2) {
+            assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:#x?}");
+        }
+        const { assert!(MMIO_BASE >= GAP_START) };
+    }
+}

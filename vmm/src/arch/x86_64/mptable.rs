@@ -79,7 +79,16 @@ fn table(vcpus: u8) -> Vec<u8> {
     let mut pointer = Vec::with_capacity(POINTER_SIZE + table.len());
     pointer.extend_from_slice(b"_MP_");
     pointer.extend_from_slice(&(layout::MP_TABLE.0 as u32 + POINTER_SIZE as u32).to_le_bytes());
-    pointer.extend_from_slice(&[(POINTER_SIZE / 16) as u8, REVISION_1_4, 0 /* checksum */, 0, 0, 0, 0, 0]);
+    pointer.extend_from_slice(&[
+        (POINTER_SIZE / 16) as u8,
+        REVISION_1_4,
+        0, /* checksum */
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]);
     pointer[10] = checksum(&pointer);
     pointer.append(&mut table);
     pointer
@@ -88,4 +97,58 @@ fn table(vcpus: u8) -> Vec<u8> {
 /// The byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)).wrapping_neg()
+}
+
+#[cfg(test)]
+mod tests {
+    use kvrun_vmm_api::config::MAX_VCPUS;
+
+    use super::*;
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, &byte| sum.wrapping_add(byte))
+    }
+
+    /// Walks the table as Linux 6.12 arch/x86/kernel/mpparse.c does.
+    #[test]
+    fn table_is_what_a_kernel_accepts() {
+        for vcpus in [1, 2, 3, MAX_VCPUS] {
+            let table = table(vcpus);
+            assert!(table.len() <= layout::MP_TABLE_CAPACITY, "{vcpus} vCPUs: {} bytes", table.len());
+            let (pointer, config) = table.split_at(POINTER_SIZE);
+            assert_eq!(&pointer[..4], b"_MP_");
+            assert_eq!(sum(pointer), 0);
+            assert_eq!(pointer[4..8], (layout::MP_TABLE.0 as u32 + 16).to_le_bytes());
+            assert_eq!(&config[..4], b"PCMP");
+            assert_eq!(usize::from(u16::from_le_bytes([config[4], config[5]])), config.len());
+            assert_eq!(sum(config), 0);
+
+            let (mut rest, mut ids, mut lines, mut count) = (&config[HEADER_SIZE..], vec![], vec![], 0u16);
+            while let Some(&kind) = rest.first() {
+                let (entry, tail) = rest.split_at(if kind == ENTRY_PROCESSOR { 20 } else { 8 });
+                match kind {
+                    ENTRY_PROCESSOR => {
+                        assert_eq!(
+                            entry[3] & CPU_ENABLED,
+                            CPU_ENABLED,
+                            "a disabled CPU can never come online"
+                        );
+                        assert_eq!(entry[3] & CPU_BOOT != 0, entry[1] == 0);
+                        ids.push(entry[1]);
+                    }
+                    ENTRY_IOAPIC => assert!(!ids.contains(&entry[1])),
+                    ENTRY_IO_INTERRUPT => {
+                        assert_eq!(entry[5], entry[7]);
+                        lines.push(u32::from(entry[7]));
+                    }
+                    ENTRY_BUS | ENTRY_LOCAL_INTERRUPT => {}
+                    other => panic!("entry of type {other}"),
+                }
+                (rest, count) = (tail, count + 1);
+            }
+            assert_eq!(u16::from_le_bytes([config[34], config[35]]), count);
+            assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
+            assert!((layout::FIRST_GSI..layout::GSIS).all(|gsi| lines.contains(&gsi)));
+        }
+    }
 }

@@ -139,3 +139,30 @@ pub(super) fn wire_lapic(lapic: &mut kvm_lapic_state) {
         register.copy_from_slice(&value.map(|byte| byte as i8));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_are_those_pvh_asks_for() {
+        let code = segment(CODE);
+        assert_eq!((code.base, code.limit, code.selector), (0, 0xffff_ffff, 8));
+        assert_eq!((code.type_, code.s, code.db, code.l, code.g, code.present), (0xb, 1, 1, 0, 1, 1));
+        let data = segment(DATA);
+        assert_eq!((data.limit, data.type_, data.s, data.db, data.g), (0xffff_ffff, 3, 1, 1, 1));
+        let tss = segment(TSS);
+        assert_eq!((tss.limit, tss.type_, tss.s, tss.g, tss.present), (0x67, 0xb, 0, 0, 1));
+    }
+
+    #[test]
+    fn lapic_pins_are_wired_and_unmasked() {
+        let mut lapic = kvm_lapic_state::default();
+        // As after reset: masked.
+        lapic.regs[APIC_LVT_LINT0 + 2] = 1;
+        lapic.regs[APIC_LVT_LINT1 + 2] = 1;
+        wire_lapic(&mut lapic);
+        assert_eq!(lapic.regs[APIC_LVT_LINT0..APIC_LVT_LINT0 + 4], [0, 7, 0, 0]);
+        assert_eq!(lapic.regs[APIC_LVT_LINT1..APIC_LVT_LINT1 + 4], [0, 4, 0, 0]);
+    }
+}

@@ -1,7 +1,7 @@
 //! The KVM calls that make the machine, in the order KVM wants them: TSS address and interrupt controller before the first
 //! vCPU, CPUID before MSRs (which MSRs exist depends on it).
 
-use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, Msrs, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -60,12 +60,6 @@ pub(crate) fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
         }
     };
     vm.set_tss_address(layout::KVM_TSS).map_err(vm_error("set the TSS address"))?;
-    // Without virtual performance counters, KVM need not switch them at each exit.
-    if vm.check_extension_raw(u64::from(KVM_CAP_PMU_CAPABILITY)) as u32 & KVM_PMU_CAP_DISABLE != 0 {
-        let mut disable = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
-        disable.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
-        vm.enable_cap(&disable).map_err(vm_error("disable performance counters"))?;
-    }
     vm.create_irq_chip().map_err(vm_error("create the interrupt controllers"))?;
     Ok(vm)
 }
@@ -136,9 +130,11 @@ pub(crate) fn add_memory(vm: &VmFd, mem: &GuestRam) -> Result<(), VmError> {
 }
 
 fn set_msrs(vcpu: &VcpuFd, index: u8, msrs: &Msrs) -> Result<(), VmError> {
-    let set = vcpu
-        .set_msrs(msrs)
-        .map_err(|source| VmError::VcpuIoctl { what: "set the MSRs", vcpu: index, source })?;
+    let set = vcpu.set_msrs(msrs).map_err(|source| VmError::VcpuIoctl {
+        what: "set the MSRs",
+        vcpu: index,
+        source,
+    })?;
     // KVM stops at the first that it refuses and says how many it took.
     match msrs.as_slice().get(set) {
         Some(refused) => Err(VmError::Msr { index: refused.index, vcpu: index }),

@@ -52,3 +52,36 @@ impl BusDevice for BootMarks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_occurrence_of_each_byte_is_kept_in_order() {
+        let marks = BootMarks::new();
+        let before = monotonic_ns();
+        for byte in *b"IRIRI" {
+            marks.write(0, &[byte]);
+        }
+        let seen = marks.marks();
+        assert_eq!(seen.iter().map(|mark| mark.0).collect::<Vec<_>>(), b"IR");
+        assert!(before <= seen[0].1 && seen[0].1 <= seen[1].1 && seen[1].1 <= monotonic_ns());
+    }
+
+    #[test]
+    fn a_guest_cannot_fill_memory() {
+        let marks = BootMarks::new();
+        for byte in (0..=u8::MAX).cycle().take(10_000) {
+            marks.write(0, &[byte; 3]);
+        }
+        assert_eq!(marks.marks().len(), 256);
+    }
+
+    #[test]
+    fn the_port_answers_its_number() {
+        let mut data = [0];
+        BootMarks::new().read(0, &mut data);
+        assert_eq!(data, [0xe9]);
+    }
+}

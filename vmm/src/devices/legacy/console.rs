@@ -95,3 +95,65 @@ impl Write for Tail {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const INTERRUPT_IDENTIFICATION: u64 = 2;
+    const LINE_STATUS: u64 = 5;
+
+    fn console(capacity: usize) -> (Console, EventFd) {
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        (Console::new(interrupt.try_clone().unwrap(), capacity), interrupt)
+    }
+
+    #[test]
+    fn tail_is_what_was_written_last() {
+        let (console, _) = console(8);
+        for &byte in b"0123456789abc" {
+            console.write(DATA, &[byte]);
+        }
+        assert_eq!(console.tail(), "56789abc");
+        console.write(DATA, b"a string instruction");
+        assert_eq!(console.tail(), "truction");
+        console.write(DATA, &[0xff]);
+        assert_eq!(console.tail(), "ruction\u{fffd}");
+    }
+
+    #[test]
+    fn transmitter_is_always_ready_and_interrupts_when_asked() {
+        let (console, interrupt) = console(8);
+        let mut status = [0];
+        console.read(LINE_STATUS, &mut status);
+        // Transmitter empty, holding register empty.
+        assert_eq!(status[0] & 0x60, 0x60);
+        console.write(DATA, b"x");
+        assert!(interrupt.read().is_err());
+        console.write(INTERRUPT_ENABLE, &[2]);
+        assert!(interrupt.read().is_ok());
+        // The driver asks what it was, which acknowledges it.
+        let mut identification = [0];
+        console.read(INTERRUPT_IDENTIFICATION, &mut identification);
+        assert_eq!(identification[0] & 0xf, 2, "transmitter empty");
+        console.write(DATA, b"x");
+        assert!(interrupt.read().is_ok());
+    }
+
+    #[test]
+    fn every_register_survives_every_access() {
+        let (console, _) = console(8);
+        for offset in 0..LENGTH {
+            for value in 0..=u8::MAX {
+                console.write(offset, &[value]);
+                console.write(offset, &[value; 4]);
+                console.read(offset, &mut [0]);
+                console.read(offset, &mut [0; 4]);
+                console.read(offset, &mut []);
+            }
+        }
+        assert!(console.tail().len() <= 8 * '\u{fffd}'.len_utf8());
+    }
+}

@@ -47,3 +47,36 @@ impl BusDevice for KeyboardController {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reset_command_ends_the_machine() {
+        let exit = Arc::new(ExitSlot::new().unwrap());
+        let controller = KeyboardController::new(exit.clone());
+        // Every other command, the reset byte elsewhere, and with something beside it, are ignored.
+        for command in (0..=u8::MAX).filter(|&command| command != PULSE_RESET) {
+            controller.write(STATUS_COMMAND, &[command]);
+        }
+        for offset in 0..STATUS_COMMAND {
+            controller.write(offset, &[PULSE_RESET]);
+        }
+        controller.write(STATUS_COMMAND, &[PULSE_RESET, 0]);
+        assert_eq!(exit.reason(), None);
+        controller.write(STATUS_COMMAND, &[PULSE_RESET]);
+        assert_eq!(exit.reason(), Some(&ExitReason::GuestReset));
+    }
+
+    #[test]
+    fn status_never_makes_a_driver_wait() {
+        let controller = KeyboardController::new(Arc::new(ExitSlot::new().unwrap()));
+        let mut status = [0xff];
+        controller.read(STATUS_COMMAND, &mut status);
+        assert_eq!(status, [0]);
+        let mut other = [0];
+        controller.read(1, &mut other);
+        assert_eq!(other, [0xff]);
+    }
+}
