@@ -63,7 +63,8 @@ fn host_findings(global: &Global) -> Vec<Finding> {
     let mut findings: Vec<Finding> = [Kind::Kernel, Kind::Initramfs, Kind::Vmm]
         .into_iter()
         .map(|kind| {
-            let found = explicit.open(kind).map(|asset| format!("{} ({} bytes)", asset.path.display(), asset.size));
+            let found =
+                explicit.open(kind).map(|asset| format!("{} ({} bytes)", asset.path.display(), asset.size));
             Finding::new(kind.to_string(), found.map_err(|e| text::chain(&e)))
         })
         .collect();
@@ -74,7 +75,10 @@ fn host_findings(global: &Global) -> Vec<Finding> {
     };
     findings.push(Finding::new("running as root", root));
     let cgroup = cgroup::v2_mount_point().map(|path| path.display().to_string());
-    findings.push(Finding::new("cgroup v2", cgroup.ok_or_else(|| "not mounted: mount cgroup2 at /sys/fs/cgroup".into())));
+    findings.push(Finding::new(
+        "cgroup v2",
+        cgroup.ok_or_else(|| "not mounted: mount cgroup2 at /sys/fs/cgroup".into()),
+    ));
     findings
 }
 
@@ -93,12 +97,18 @@ fn vmm_findings(vmm: &Path) -> anyhow::Result<Vec<Finding>> {
         let stdout = child.stdout.take().context("no pipe to the VMM")?;
         let exchange = async {
             let mut output = Vec::new();
-            stdout.take(MAX_FINDINGS).read_to_end(&mut output).await.context("read the findings of the VMM")?;
+            stdout
+                .take(MAX_FINDINGS)
+                .read_to_end(&mut output)
+                .await
+                .context("read the findings of the VMM")?;
             child.wait().await.context("wait for the VMM")?;
             Ok(output)
         };
         let result = tokio::time::timeout(TIMEOUT, exchange).await;
-        result.unwrap_or_else(|_| Err(anyhow::anyhow!("the VMM did not end its check within {} s", TIMEOUT.as_secs())))
+        result.unwrap_or_else(|_| {
+            Err(anyhow::anyhow!("the VMM did not end its check within {} s", TIMEOUT.as_secs()))
+        })
     })?;
     let findings: Findings = serde_json::from_slice(&output)
         .with_context(|| format!("{} --check did not print findings; is it kvrun's VMM?", vmm.display()))?;
@@ -133,7 +143,10 @@ mod tests {
     #[test]
     fn findings_of_the_vmm_are_rows_of_the_table() {
         let dir = tempfile::tempdir().unwrap();
-        let vmm = program(dir.path(), r#"echo '{"findings":[{"name":"KVM API","ok":false,"detail":"11"}]}'; exit 1"#);
+        let vmm = program(
+            dir.path(),
+            r#"echo '{"findings":[{"name":"KVM API","ok":false,"detail":"11"}]}'; exit 1"#,
+        );
         let findings = vmm_findings(&vmm).unwrap();
         assert_eq!(findings, [Finding::new("KVM API", Err("11".into()))]);
         let mut table = Vec::new();

@@ -94,7 +94,9 @@ mod tests {
 
     #[test]
     fn global_options_go_before_and_after_the_command() {
-        let cli = Cli::try_parse_from(["kvrun", "--root", "/r", "run", "-b", "/b", "--log-format=json", "c1"]).unwrap();
+        let cli =
+            Cli::try_parse_from(["kvrun", "--root", "/r", "run", "-b", "/b", "--log-format=json", "c1"])
+                .unwrap();
         assert_eq!(cli.global.root, PathBuf::from("/r"));
         assert_eq!(cli.global.log_format, LogFormat::Json);
         let Command::Run(args) = cli.command else { panic!("not run") };

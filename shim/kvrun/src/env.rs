@@ -38,7 +38,8 @@ pub(crate) fn env(global: &Global) -> anyhow::Result<bool> {
 
 /// What the VMM says its version is.
 fn vmm_version(vmm: &Path) -> String {
-    let output = Command::new(vmm).arg("--version").env_clear().stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let output =
+        Command::new(vmm).arg("--version").env_clear().stdin(Stdio::null()).stderr(Stdio::null()).output();
     match output {
         Ok(output) if output.status.success() => {
             let version = text::one_line(&String::from_utf8_lossy(&output.stdout), 100);

@@ -46,7 +46,8 @@ impl Log {
     /// `debug` traces, to standard error.
     pub(crate) fn open(path: Option<&Path>, format: LogFormat, debug: bool) -> Result<Self, LogError> {
         let level = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-        let traces = tracing_subscriber::fmt().with_ansi(false).with_max_level(level).event_format(Lines(format));
+        let traces =
+            tracing_subscriber::fmt().with_ansi(false).with_max_level(level).event_format(Lines(format));
         let Some(path) = path else {
             if debug {
                 traces.with_writer(io::stderr).init();
@@ -111,7 +112,12 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let mut message = Message(String::new());
         event.record(&mut message);
         let level = match *event.metadata().level() {
@@ -144,7 +150,8 @@ mod tests {
 
     #[test]
     fn json_line_has_what_callers_read() {
-        let value: serde_json::Value = serde_json::from_str(&line(LogFormat::Json, "error", "a \"b\"")).unwrap();
+        let value: serde_json::Value =
+            serde_json::from_str(&line(LogFormat::Json, "error", "a \"b\"")).unwrap();
         assert_eq!(value["level"], "error");
         assert_eq!(value["msg"], "a \"b\"");
         let time = value["time"].as_str().unwrap();

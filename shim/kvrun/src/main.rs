@@ -44,7 +44,9 @@ fn main() -> ExitCode {
                 code
             }
         },
-        Command::Check => finish(&log, check::check(&cli.global), "kvrun check: this host cannot run virtual machines"),
+        Command::Check => {
+            finish(&log, check::check(&cli.global), "kvrun check: this host cannot run virtual machines")
+        }
         Command::Env => finish(&log, env::env(&cli.global), "kvrun env: files are missing"),
     }
 }

@@ -51,7 +51,9 @@ pub(crate) enum RunError {
         #[source]
         source: io::Error,
     },
-    #[error("process.terminal is true, but none of standard input, output and error is a terminal: run kvrun on one, or set it to false")]
+    #[error(
+        "process.terminal is true, but none of standard input, output and error is a terminal: run kvrun on one, or set it to false"
+    )]
     NoTerminal,
     #[error("{step}")]
     Host {
@@ -64,7 +66,9 @@ pub(crate) enum RunError {
 impl RunError {
     /// The exit code: the shell's for a program that cannot be run, else that of a failure of ours.
     pub(crate) fn code(&self) -> u8 {
-        self.pod_error().and_then(PodError::program_fault).map_or(FAILED, kvrun_pod::container::ProgramFault::code)
+        self.pod_error()
+            .and_then(PodError::program_fault)
+            .map_or(FAILED, kvrun_pod::container::ProgramFault::code)
     }
 
     /// The end of the machine, if that is the error.
@@ -102,7 +106,8 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
     let dir = ContainerDir::claim(&global.root, &id)?;
     let _cgroup = bundle.cgroups_path().map(|path| HostCgroup::join(path, &dir)).transpose()?;
     let share = Share::mount(&namespace, &dir.make_share_directory()?)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     runtime.block_on(async {
         let signals = signals.listen().map_err(host("listen for signals"))?;
         let starting = Starting::spawn(&assets, size)?;
@@ -132,7 +137,11 @@ fn find_terminal() -> Result<Terminal, RunError> {
 /// Our own standard input, output and, without a terminal, error.
 fn stdio(terminal: bool) -> io::Result<Stdio> {
     let stderr = if terminal { None } else { Some(duplicate(io::stderr().as_fd())?) };
-    Ok(Stdio { stdin: Some(duplicate(io::stdin().as_fd())?), stdout: Some(duplicate(io::stdout().as_fd())?), stderr })
+    Ok(Stdio {
+        stdin: Some(duplicate(io::stdin().as_fd())?),
+        stdout: Some(duplicate(io::stdout().as_fd())?),
+        stderr,
+    })
 }
 
 fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -229,7 +238,9 @@ async fn finish(pod: Pod, exit: Exit, bundle: &Bundle, id: &ContainerId, log: &L
         pod.shutdown().await;
     }
     if exit.oom_killed {
-        let limit = bundle.memory_limit().map_or_else(|| "of its machine".to_owned(), |bytes| format!("of {bytes} bytes"));
+        let limit = bundle
+            .memory_limit()
+            .map_or_else(|| "of its machine".to_owned(), |bytes| format!("of {bytes} bytes"));
         log.say(&format!("container {id}: the guest kernel killed a process at its memory limit {limit}"));
     }
     exit.state.code()

@@ -40,7 +40,8 @@ impl Blocked {
     pub(crate) fn listen(self) -> io::Result<Signals> {
         let fd = SignalFd::with_flags(&self.0, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         // SAFETY: a SignalFd owns its descriptor, the same one for as long as it lives, and it lives in here.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)?;
+        let fd =
+            unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)?;
         Ok(Signals(fd))
     }
 }

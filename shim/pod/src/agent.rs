@@ -98,7 +98,9 @@ impl Agent {
     /// [`AgentError`].
     pub async fn bind_slot(&self, slot: u8) -> Result<Option<String>, AgentError> {
         let request = api::BindSlotRequest { slot: slot.into(), ..Default::default() };
-        let answer = bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request)).await?;
+        let answer =
+            bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request))
+                .await?;
         Ok(Some(answer.block_device).filter(|name| !name.is_empty()))
     }
 
@@ -113,14 +115,21 @@ impl Agent {
             mount_point: mount_point.to_owned(),
             ..Default::default()
         };
-        bounded("mount the share", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request)).await.map(drop)
+        bounded("mount the share", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
+            .await
+            .map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest.
     ///
     /// # Errors
     /// [`AgentError`]; the codes `NOT_FOUND` and `PERMISSION_DENIED` are about the program to run.
-    pub async fn create(&self, id: &ContainerId, spec_json: Vec<u8>, stdio: api::Stdio) -> Result<(), AgentError> {
+    pub async fn create(
+        &self,
+        id: &ContainerId,
+        spec_json: Vec<u8>,
+        stdio: api::Stdio,
+    ) -> Result<(), AgentError> {
         let request = api::CreateContainerRequest {
             container_id: id.to_string(),
             spec_json,
@@ -149,11 +158,14 @@ impl Agent {
     pub async fn wait(&self, id: &ContainerId) -> Result<(ProcessEnd, bool), AgentError> {
         const WHAT: &str = "wait for the container";
         let request = api::ProcessRequest { container_id: id.to_string(), ..Default::default() };
-        let answer = self.client.wait_process(Context::default(), &request).await.map_err(|e| failure(WHAT, e))?;
+        let answer =
+            self.client.wait_process(Context::default(), &request).await.map_err(|e| failure(WHAT, e))?;
         let number = |n: u32| u8::try_from(n).map_err(|_| AgentError::Senseless { what: WHAT });
         let end = match answer.end {
             Some(api::wait_process_response::End::ExitCode(code)) => ProcessEnd::Exited(number(code)?),
-            Some(api::wait_process_response::End::Signal(signal @ 1..=64)) => ProcessEnd::Signaled(number(signal)?),
+            Some(api::wait_process_response::End::Signal(signal @ 1..=64)) => {
+                ProcessEnd::Signaled(number(signal)?)
+            }
             _ => return Err(AgentError::Senseless { what: WHAT }),
         };
         Ok((end, answer.oom_killed))
@@ -163,10 +175,19 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn signal(&self, id: &ContainerId, signal: i32, all: bool, bound: Duration) -> Result<(), AgentError> {
+    pub async fn signal(
+        &self,
+        id: &ContainerId,
+        signal: i32,
+        all: bool,
+        bound: Duration,
+    ) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
-        let request = api::SignalProcessRequest { container_id: id.to_string(), signal, all, ..Default::default() };
-        bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request)).await.map(drop)
+        let request =
+            api::SignalProcessRequest { container_id: id.to_string(), signal, all, ..Default::default() };
+        bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request))
+            .await
+            .map(drop)
     }
 
     /// Sets the size of the container's terminal.
@@ -200,7 +221,9 @@ impl Agent {
     /// [`AgentError`].
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         let request = api::Empty::default();
-        bounded("shut down", SHUTDOWN_TIMEOUT, self.client.shutdown(Context::default(), &request)).await.map(drop)
+        bounded("shut down", SHUTDOWN_TIMEOUT, self.client.shutdown(Context::default(), &request))
+            .await
+            .map(drop)
     }
 }
 
@@ -221,9 +244,11 @@ async fn bounded<T>(
 
 fn failure(what: &'static str, error: ttrpc::Error) -> AgentError {
     match error {
-        ttrpc::Error::RpcStatus(status) => {
-            AgentError::Refused { what, code: status.code(), message: text::one_line(status.message(), MAX_MESSAGE) }
-        }
+        ttrpc::Error::RpcStatus(status) => AgentError::Refused {
+            what,
+            code: status.code(),
+            message: text::one_line(status.message(), MAX_MESSAGE),
+        },
         source => AgentError::Disconnected { what, source },
     }
 }

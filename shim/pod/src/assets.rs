@@ -219,8 +219,14 @@ mod tests {
         let given = Some(Path::new("/given"));
         assert_eq!(choose(Kind::Kernel, given, Some("/env".into()), exe).unwrap(), Path::new("/given"));
         assert_eq!(choose(Kind::Kernel, None, Some("/env".into()), exe).unwrap(), Path::new("/env"));
-        assert_eq!(choose(Kind::Kernel, None, Some("".into()), exe).unwrap(), Path::new("/opt/k/share/kvrun/vmlinux"));
-        assert_eq!(choose(Kind::Initramfs, None, None, exe).unwrap(), Path::new("/opt/k/share/kvrun/initramfs.cpio"));
+        assert_eq!(
+            choose(Kind::Kernel, None, Some("".into()), exe).unwrap(),
+            Path::new("/opt/k/share/kvrun/vmlinux")
+        );
+        assert_eq!(
+            choose(Kind::Initramfs, None, None, exe).unwrap(),
+            Path::new("/opt/k/share/kvrun/initramfs.cpio")
+        );
         assert_eq!(choose(Kind::Vmm, None, None, exe).unwrap(), Path::new("/opt/k/libexec/kvrun/kvrun-vmm"));
     }
 
@@ -233,9 +239,13 @@ mod tests {
         let directory = open(Kind::Kernel, dir.path().to_owned()).unwrap_err();
         assert!(directory.to_string().contains("is not a regular file"));
         fs::write(dir.path().join("empty"), "").unwrap();
-        assert!(open(Kind::Initramfs, dir.path().join("empty")).unwrap_err().to_string().contains("is empty"));
+        assert!(
+            open(Kind::Initramfs, dir.path().join("empty")).unwrap_err().to_string().contains("is empty")
+        );
         fs::write(dir.path().join("vmm"), "x").unwrap();
-        assert!(open(Kind::Vmm, dir.path().join("vmm")).unwrap_err().to_string().contains("is not executable"));
+        assert!(
+            open(Kind::Vmm, dir.path().join("vmm")).unwrap_err().to_string().contains("is not executable")
+        );
         assert_eq!(open(Kind::Kernel, dir.path().join("vmm")).unwrap().size, 1);
     }
 

@@ -13,7 +13,9 @@ use crate::state_dir::{ContainerDir, StateError};
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// The form that asks systemd for a scope.
-    #[error("linux.cgroupsPath {path:?} is of the form slice:prefix:name, for the systemd cgroup driver, which kvrun does not have: give a path such as /kvrun/NAME")]
+    #[error(
+        "linux.cgroupsPath {path:?} is of the form slice:prefix:name, for the systemd cgroup driver, which kvrun does not have: give a path such as /kvrun/NAME"
+    )]
     Systemd {
         /// As in the spec.
         path: String,
@@ -25,7 +27,9 @@ pub enum CgroupError {
         path: String,
     },
     /// No cgroup v2 on this host.
-    #[error("linux.cgroupsPath needs cgroup v2, which is not mounted on this host; leave it out, or mount cgroup2 at /sys/fs/cgroup")]
+    #[error(
+        "linux.cgroupsPath needs cgroup v2, which is not mounted on this host; leave it out, or mount cgroup2 at /sys/fs/cgroup"
+    )]
     NoV2,
     /// A step failed.
     #[error("{step} {}", path.display())]

@@ -136,7 +136,9 @@ impl Container {
         let died = |death| Exit { state: ExitState::VmDied(death), oom_killed: false };
         match self.pod.or_death(self.pod.agent.wait(&self.id)).await {
             Ok((ProcessEnd::Exited(code), oom_killed)) => Exit { state: ExitState::Exited(code), oom_killed },
-            Ok((ProcessEnd::Signaled(signal), oom_killed)) => Exit { state: ExitState::Signaled(signal), oom_killed },
+            Ok((ProcessEnd::Signaled(signal), oom_killed)) => {
+                Exit { state: ExitState::Signaled(signal), oom_killed }
+            }
             Err(PodError::Died(end)) => died(VmDeath::Died(end)),
             Err(error) => {
                 let why = text::chain(&error);

@@ -13,7 +13,9 @@ pub struct ContainerId(String);
 
 /// The text is no container ID.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("container ID {id:?} is invalid: it must have 1 to {MAX_LEN} characters of a-z A-Z 0-9 _ + - . and not be \".\" or \"..\"")]
+#[error(
+    "container ID {id:?} is invalid: it must have 1 to {MAX_LEN} characters of a-z A-Z 0-9 _ + - . and not be \".\" or \"..\""
+)]
 pub struct InvalidContainerId {
     /// The text, cut to [`MAX_LEN`] characters.
     id: String,

@@ -86,7 +86,9 @@ impl PodError {
     pub fn program_fault(&self) -> Option<ProgramFault> {
         match self {
             Self::Agent(AgentError::Refused { code: Code::NOT_FOUND, .. }) => Some(ProgramFault::NotFound),
-            Self::Agent(AgentError::Refused { code: Code::PERMISSION_DENIED, .. }) => Some(ProgramFault::NotExecutable),
+            Self::Agent(AgentError::Refused { code: Code::PERMISSION_DENIED, .. }) => {
+                Some(ProgramFault::NotExecutable)
+            }
             _ => None,
         }
     }
@@ -105,7 +107,9 @@ impl PodError {
 fn kvm_hint(source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::NotFound => "no such file: this host has no KVM; run `kvrun check`".into(),
-        io::ErrorKind::PermissionDenied => "permission denied: run as root or as a member of group kvm".into(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied: run as root or as a member of group kvm".into()
+        }
         _ if source.raw_os_error() == Some(libc::ENOTTY) => "not a KVM device; run `kvrun check`".into(),
         _ => format!("{source}; run `kvrun check`"),
     }
@@ -140,7 +144,8 @@ impl Starting {
         };
         tracing::debug!(memory_mib = size.memory_mib, vcpus = size.vcpus.boot, "booting");
         let ready = vmm.expect(READY_PORT);
-        let booting = vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
+        let booting =
+            vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
         Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone() })
     }
 
@@ -180,7 +185,8 @@ impl Starting {
 
 fn open_kvm() -> Result<File, PodError> {
     let path = PathBuf::from("/dev/kvm");
-    let opened = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from);
+    let opened =
+        rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from);
     match opened.and_then(|fd| sys::kvm_api_version(&fd).map(|version| (fd, version))) {
         Ok((fd, KVM_API_VERSION)) => Ok(fd.into()),
         Ok((_, version)) => {
@@ -234,7 +240,10 @@ impl Pod {
     }
 
     /// Does a request to the agent, unless the machine dies first.
-    pub(crate) async fn or_death<T>(&self, request: impl Future<Output = Result<T, AgentError>>) -> Result<T, PodError> {
+    pub(crate) async fn or_death<T>(
+        &self,
+        request: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, PodError> {
         let result = tokio::select! {
             biased;
             result = request => result,
@@ -243,10 +252,12 @@ impl Pod {
         match result {
             Ok(value) => Ok(value),
             // A connection breaks when the machine dies; its death is the better explanation, a moment later.
-            Err(error @ AgentError::Disconnected { .. }) => match timeout(DEATH_GRACE, self.vmm.ended()).await {
-                Ok(end) => Err(PodError::Died(end)),
-                Err(_) => Err(error.into()),
-            },
+            Err(error @ AgentError::Disconnected { .. }) => {
+                match timeout(DEATH_GRACE, self.vmm.ended()).await {
+                    Ok(end) => Err(PodError::Died(end)),
+                    Err(_) => Err(error.into()),
+                }
+            }
             Err(error) => Err(error.into()),
         }
     }

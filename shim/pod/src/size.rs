@@ -27,7 +27,9 @@ const DEFAULT_PERIOD_US: u64 = 100_000;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizeError {
     /// Too many CPUs.
-    #[error("linux.resources.cpu.quota {quota} with period {period} asks for {cpus} CPUs: a virtual machine has at most {MAX_VCPUS}, lower the quota")]
+    #[error(
+        "linux.resources.cpu.quota {quota} with period {period} asks for {cpus} CPUs: a virtual machine has at most {MAX_VCPUS}, lower the quota"
+    )]
     Vcpus {
         /// Microseconds per period.
         quota: u64,
@@ -40,7 +42,9 @@ pub enum SizeError {
     #[error("linux.resources.cpu.period is 0: leave it out or set it to 1000 to 1000000 microseconds")]
     Period,
     /// Too much memory.
-    #[error("linux.resources.memory.limit {limit} is more than a virtual machine can have ({MAX_MEMORY_MIB} MiB with its overhead): lower it, or leave it out for the default")]
+    #[error(
+        "linux.resources.memory.limit {limit} is more than a virtual machine can have ({MAX_MEMORY_MIB} MiB with its overhead): lower it, or leave it out for the default"
+    )]
     Memory {
         /// Bytes.
         limit: u64,
@@ -64,8 +68,12 @@ impl VmSize {
     pub fn for_spec(spec: &Spec) -> Result<Self, SizeError> {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cpu = resources.and_then(|r| r.cpu().as_ref());
-        let limit = resources.and_then(|r| r.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
-        let vcpus = vcpus(cpu.and_then(oci_spec::runtime::LinuxCpu::quota), cpu.and_then(oci_spec::runtime::LinuxCpu::period))?;
+        let limit =
+            resources.and_then(|r| r.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
+        let vcpus = vcpus(
+            cpu.and_then(oci_spec::runtime::LinuxCpu::quota),
+            cpu.and_then(oci_spec::runtime::LinuxCpu::period),
+        )?;
         Ok(Self { vcpus: VcpuConfig { boot: vcpus, max: vcpus }, memory_mib: memory_mib(limit)? })
     }
 }
@@ -88,7 +96,8 @@ fn memory_mib(limit: Option<i64>) -> Result<u32, SizeError> {
     };
     let limit_mib = limit.div_ceil(1 << 20);
     let total = (limit_mib + limit_mib / 32 + OVERHEAD_MIB).next_multiple_of(2);
-    let total = u32::try_from(total).ok().filter(|t| *t <= MAX_MEMORY_MIB).ok_or(SizeError::Memory { limit })?;
+    let total =
+        u32::try_from(total).ok().filter(|t| *t <= MAX_MEMORY_MIB).ok_or(SizeError::Memory { limit })?;
     Ok(total.max(MIN_MEMORY_MIB))
 }
 

@@ -64,7 +64,8 @@ impl ContainerDir {
     /// [`StateError::InUse`] while another process has the ID.
     pub fn claim(root_path: &Path, id: &ContainerId) -> Result<Self, StateError> {
         let path = root_path.join(id.as_str());
-        let io = |step, path: &Path, e: Errno| StateError::Io { step, path: path.to_owned(), source: e.into() };
+        let io =
+            |step, path: &Path, e: Errno| StateError::Io { step, path: path.to_owned(), source: e.into() };
         let root = open_root(root_path).map_err(|e| io("open the state directory", root_path, e))?;
         for _ in 0..ATTEMPTS {
             match mkdirat(&root, id.as_str(), Mode::RWXU) {
@@ -114,7 +115,8 @@ impl ContainerDir {
     /// [`StateError::Io`].
     pub fn remember_cgroups(&self, directories: &[PathBuf]) -> Result<(), StateError> {
         use std::os::unix::ffi::OsStrExt;
-        let bytes: Vec<u8> = directories.iter().flat_map(|d| [d.as_os_str().as_bytes(), b"\n"].concat()).collect();
+        let bytes: Vec<u8> =
+            directories.iter().flat_map(|d| [d.as_os_str().as_bytes(), b"\n"].concat()).collect();
         let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let written = openat(&self.dir, CGROUPS, flags, Mode::RUSR | Mode::WUSR)
             .map_err(io::Error::from)
@@ -172,7 +174,8 @@ fn open_root(path: &Path) -> Result<OwnedFd, Errno> {
 }
 
 fn is_entry(root: &OwnedFd, id: &ContainerId, dir: &OwnedFd) -> bool {
-    let (Ok(entry), Ok(ours)) = (statat(root, id.as_str(), AtFlags::SYMLINK_NOFOLLOW), fstat(dir.as_fd())) else {
+    let (Ok(entry), Ok(ours)) = (statat(root, id.as_str(), AtFlags::SYMLINK_NOFOLLOW), fstat(dir.as_fd()))
+    else {
         return false;
     };
     (entry.st_dev, entry.st_ino) == (ours.st_dev, ours.st_ino)

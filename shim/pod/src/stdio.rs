@@ -114,7 +114,8 @@ async fn connect(vmm: &Vmm, name: &'static str, token: u64) -> Result<Option<Uni
     if token == 0 {
         return Ok(None);
     }
-    let mut stream = vmm.connect(STREAM_PORT).await.map_err(|source| StdioError::Connect { stream: name, source })?;
+    let mut stream =
+        vmm.connect(STREAM_PORT).await.map_err(|source| StdioError::Connect { stream: name, source })?;
     let header: [u8; TOKEN_LEN] = token.to_le_bytes();
     // The first bytes of an empty socket: they fit.
     stream.write_all(&header).map_err(|source| StdioError::Host { stream: name, source })?;
@@ -144,11 +145,14 @@ pub struct Copying {
 impl Copying {
     fn start(fds: [Option<OwnedFd>; 3], streams: [Option<UnixStream>; 3]) -> Result<Self, StdioError> {
         let host = |stream, source: Errno| StdioError::Host { stream, source: source.into() };
-        let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| host("streams", e))?;
+        let ended =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| host("streams", e))?;
         let mut copying = Self { ended: Arc::new(ended), streams: Vec::new(), outputs: Vec::new() };
         for ((fd, stream), name) in fds.into_iter().zip(streams).zip(NAMES) {
             if let (Some(fd), Some(stream)) = (fd, stream) {
-                copying.add(name, File::from(fd), stream).map_err(|source| StdioError::Host { stream: name, source })?;
+                copying
+                    .add(name, File::from(fd), stream)
+                    .map_err(|source| StdioError::Host { stream: name, source })?;
             }
         }
         Ok(copying)

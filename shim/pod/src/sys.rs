@@ -14,7 +14,8 @@ pub(crate) struct MountAttr {
 
 /// mount_setattr(2) on the mount that `mount` is the root of, and on those below it if `recursive`.
 pub(crate) fn mount_setattr(mount: impl AsFd, recursive: bool, attr: MountAttr) -> io::Result<()> {
-    let attr = libc::mount_attr { attr_set: attr.set, attr_clr: 0, propagation: attr.propagation, userns_fd: 0 };
+    let attr =
+        libc::mount_attr { attr_set: attr.set, attr_clr: 0, propagation: attr.propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the descriptor is open while it is borrowed; the path is a C string; the kernel reads `attr` of the length given and
     // keeps no pointer.

@@ -9,7 +9,9 @@ pub fn one_line(text: &str, max: usize) -> String {
 
 /// Lines without control characters, empty ones left out.
 pub fn lines(text: &str) -> impl Iterator<Item = String> + '_ {
-    text.lines().map(|line| line.replace('\t', " ").chars().filter(|c| !c.is_control()).collect()).filter(|line: &String| !line.trim().is_empty())
+    text.lines()
+        .map(|line| line.replace('\t', " ").chars().filter(|c| !c.is_control()).collect())
+        .filter(|line: &String| !line.trim().is_empty())
 }
 
 /// An error and its causes in one line, each cause after a colon.

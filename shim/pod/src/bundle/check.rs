@@ -40,10 +40,21 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         ("vm", spec.vm().is_some()),
         ("zos", spec.zos().is_some()),
     ] {
-        refuse(present, field, "is not supported: kvrun runs Linux containers in machines it configures itself; remove it")?;
+        refuse(
+            present,
+            field,
+            "is not supported: kvrun runs Linux containers in machines it configures itself; remove it",
+        )?;
     }
-    let root = spec.root().as_ref().ok_or_else(|| Fault::new("root", "is missing: root.path must name the root file system"))?;
-    refuse(root.path().as_os_str().is_empty(), "root.path", "is missing or empty: it must name the root file system")?;
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| Fault::new("root", "is missing: root.path must name the root file system"))?;
+    refuse(
+        root.path().as_os_str().is_empty(),
+        "root.path",
+        "is missing or empty: it must name the root file system",
+    )?;
     let process = spec.process().as_ref();
     process_fields(process.ok_or_else(|| Fault::new("process", "is missing: it must say what to run"))?)?;
     mounts::check(spec)?;
@@ -52,7 +63,11 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         let length = name.as_ref().map_or(0, String::len);
         refuse(length > UTS_LEN, field, format!("has {length} bytes: it must have no more than {UTS_LEN}"))?;
     }
-    linux(spec.linux().as_ref().ok_or_else(|| Fault::new("linux", "is missing: kvrun runs Linux containers"))?)
+    linux(
+        spec.linux()
+            .as_ref()
+            .ok_or_else(|| Fault::new("linux", "is missing: kvrun runs Linux containers"))?,
+    )
 }
 
 /// An error if `wrong`.
@@ -62,11 +77,18 @@ fn refuse(wrong: bool, field: impl Into<String>, problem: impl Into<String>) -> 
 
 /// config.md, "Specification version": semantic versioning, of which the major version says whether it is compatible.
 fn version(version: &str) -> Result<(), Fault> {
-    refuse(version.is_empty(), "ociVersion", "is missing: it must be the version of the OCI runtime-spec, such as \"1.2.0\"")?;
+    refuse(
+        version.is_empty(),
+        "ociVersion",
+        "is missing: it must be the version of the OCI runtime-spec, such as \"1.2.0\"",
+    )?;
     let core = version.split(['-', '+']).next().unwrap_or_default();
     let numbers: Vec<Option<u32>> = core.split('.').map(|n| n.parse().ok()).collect();
     let [Some(major), Some(_), Some(_)] = numbers[..] else {
-        return Err(Fault::new("ociVersion", format!("{version:?} is not a version: it must be such as \"1.2.0\"")));
+        return Err(Fault::new(
+            "ociVersion",
+            format!("{version:?} is not a version: it must be such as \"1.2.0\""),
+        ));
     };
     refuse(major != 1, "ociVersion", format!("{version:?} is not supported: kvrun supports 1.x.y"))
 }
@@ -87,15 +109,27 @@ fn process_fields(process: &Process) -> Result<(), Fault> {
     for (index, limit) in process.rlimits().iter().flatten().enumerate() {
         let (field, typ) = (format!("process.rlimits[{index}]"), limit.typ());
         let (soft, hard) = (limit.soft(), limit.hard());
-        refuse(soft > hard, &field, format!("({typ}) has the soft limit {soft} above the hard limit {hard}"))?;
+        refuse(
+            soft > hard,
+            &field,
+            format!("({typ}) has the soft limit {soft} above the hard limit {hard}"),
+        )?;
         // config.md, "POSIX process": a duplicate is an error.
         let earlier = process.rlimits().iter().flatten().take(index).any(|other| other.typ() == typ);
         refuse(earlier, field, format!("({typ}) is there twice; remove one"))?;
     }
-    refuse(process.user().username().is_some(), "process.user.username", "is for Windows; use process.user.uid")?;
+    refuse(
+        process.user().username().is_some(),
+        "process.user.username",
+        "is for Windows; use process.user.uid",
+    )?;
     refuse(process.command_line().is_some(), "process.commandLine", "is for Windows; use process.args")?;
     let label = process.selinux_label().as_deref().unwrap_or_default();
-    refuse(!label.is_empty(), "process.selinuxLabel", "is set, but the guest kernel has no SELinux; remove it")?;
+    refuse(
+        !label.is_empty(),
+        "process.selinuxLabel",
+        "is set, but the guest kernel has no SELinux; remove it",
+    )?;
     let profile = process.apparmor_profile().as_deref().unwrap_or_default();
     let confined = !profile.is_empty() && profile != "unconfined";
     refuse(confined, "process.apparmorProfile", "is set, but the guest kernel has no AppArmor; remove it")?;
@@ -116,7 +150,8 @@ fn hooks(spec: &Spec) -> Result<(), Fault> {
     ];
     for (name, list) in all {
         if let Some(first) = list.iter().flatten().map(Hook::path).next() {
-            let problem = format!("has the hook {}, but hooks are not supported yet; remove it", first.display());
+            let problem =
+                format!("has the hook {}, but hooks are not supported yet; remove it", first.display());
             return Err(Fault::new(format!("hooks.{name}"), problem));
         }
     }
@@ -132,15 +167,21 @@ fn linux(linux: &Linux) -> Result<(), Fault> {
     for name in linux.sysctl().iter().flatten().map(|(name, _)| name) {
         // sysctl(8): "kernel/shmmax" is the same.
         let dotted = name.replace('/', ".");
-        let known = SYSCTLS.contains(&dotted.as_str()) || dotted.starts_with("net.") || dotted.starts_with("fs.mqueue.");
-        let problem = format!("has {name:?}, which does not belong to a namespace of the container; remove it");
+        let known = SYSCTLS.contains(&dotted.as_str())
+            || dotted.starts_with("net.")
+            || dotted.starts_with("fs.mqueue.");
+        let problem =
+            format!("has {name:?}, which does not belong to a namespace of the container; remove it");
         refuse(!known, "linux.sysctl", problem)?;
     }
     if let Some(path) = linux.cgroups_path().as_deref().filter(|p| !p.as_os_str().is_empty()) {
         crate::cgroup::relative(path).map_err(|e| {
             // The field is in the message already.
             let message = e.to_string();
-            Fault::new("linux.cgroupsPath", message.strip_prefix("linux.cgroupsPath ").unwrap_or(&message).to_owned())
+            Fault::new(
+                "linux.cgroupsPath",
+                message.strip_prefix("linux.cgroupsPath ").unwrap_or(&message).to_owned(),
+            )
         })?;
     }
     if let Some(seccomp) = linux.seccomp() {
@@ -151,18 +192,36 @@ fn linux(linux: &Linux) -> Result<(), Fault> {
     }
     let label = linux.mount_label().as_deref().unwrap_or_default();
     refuse(!label.is_empty(), "linux.mountLabel", "is set, but the guest kernel has no SELinux; remove it")?;
-    refuse(linux.intel_rdt().is_some(), "linux.intelRdt", "is not supported: the guest has no resctrl; remove it")?;
-    refuse(linux.memory_policy().is_some(), "linux.memoryPolicy", "is not supported: the guest has one NUMA node; remove it")?;
+    refuse(
+        linux.intel_rdt().is_some(),
+        "linux.intelRdt",
+        "is not supported: the guest has no resctrl; remove it",
+    )?;
+    refuse(
+        linux.memory_policy().is_some(),
+        "linux.memoryPolicy",
+        "is not supported: the guest has one NUMA node; remove it",
+    )?;
     let devices = linux.net_devices().as_ref().is_some_and(|d| !d.is_empty());
-    refuse(devices, "linux.netDevices", "is not supported: a host network device cannot be moved into the guest; remove it")?;
+    refuse(
+        devices,
+        "linux.netDevices",
+        "is not supported: a host network device cannot be moved into the guest; remove it",
+    )?;
     match linux.rootfs_propagation().as_deref() {
-        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => Ok(()),
+        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable") => {
+            Ok(())
+        }
         Some(propagation @ ("shared" | "rshared")) => {
-            let problem = format!("{propagation:?} is not supported: a mount made in the guest cannot appear on the host; use rslave");
+            let problem = format!(
+                "{propagation:?} is not supported: a mount made in the guest cannot appear on the host; use rslave"
+            );
             Err(Fault::new("linux.rootfsPropagation", problem))
         }
         Some(other) => {
-            let problem = format!("{other:?} is not a propagation: it must be one of private, rprivate, slave, rslave, unbindable");
+            let problem = format!(
+                "{other:?} is not a propagation: it must be one of private, rprivate, slave, rslave, unbindable"
+            );
             Err(Fault::new("linux.rootfsPropagation", problem))
         }
     }
@@ -174,15 +233,19 @@ fn namespaces(linux: &Linux) -> Result<(), Fault> {
         let field = format!("linux.namespaces[{index}]");
         if let Some(path) = namespace.path().as_deref().filter(|p| *p != Path::new("")) {
             let problem = format!(
-                "{} names a namespace of the host ({}), which a guest cannot join; remove it for a new namespace",
+                "{} names a {} namespace of the host, which a guest cannot join; remove it for a new namespace",
                 path.display(),
-                namespace.typ()
+                name_of(namespace.typ())
             );
             return Err(Fault::new(format!("{field}.path"), problem));
         }
         // config-linux.md, "Namespaces": a duplicate is an error.
         let twice = namespaces[..index].iter().any(|earlier| earlier.typ() == namespace.typ());
-        refuse(twice, format!("{field}.type"), format!("{} is there twice; remove one", namespace.typ()))?;
+        refuse(
+            twice,
+            format!("{field}.type"),
+            format!("{} is there twice; remove one", name_of(namespace.typ())),
+        )?;
     }
     // Any other may be left out, and is then that of the guest. But the container's mounts in the guest's own namespace would be
     // the agent's.
@@ -190,14 +253,26 @@ fn namespaces(linux: &Linux) -> Result<(), Fault> {
     refuse(!has_mount, "linux.namespaces", "has no mount namespace; add {\"type\": \"mount\"}")
 }
 
+/// As in the spec: "network", not "net".
+fn name_of(typ: LinuxNamespaceType) -> String {
+    let name = serde_json::to_value(typ).ok();
+    name.as_ref().and_then(|name| name.as_str()).map_or_else(|| typ.to_string(), str::to_owned)
+}
+
 fn devices(linux: &Linux) -> Result<(), Fault> {
     for (index, device) in linux.devices().iter().flatten().enumerate() {
         let field = format!("linux.devices[{index}]");
         let path = device.path();
-        refuse(!path.is_absolute(), format!("{field}.path"), format!("{path:?} is not absolute: it must start with /"))?;
+        refuse(
+            !path.is_absolute(),
+            format!("{field}.path"),
+            format!("{path:?} is not absolute: it must start with /"),
+        )?;
         let in_guest = match device.typ() {
             LinuxDeviceType::P => true,
-            LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.contains(&(device.major(), device.minor())),
+            LinuxDeviceType::C | LinuxDeviceType::U => {
+                GUEST_DEVICES.contains(&(device.major(), device.minor()))
+            }
             _ => false,
         };
         let problem = format!(
@@ -214,24 +289,43 @@ fn devices(linux: &Linux) -> Result<(), Fault> {
 
 fn limits(resources: &LinuxResources) -> Result<(), Fault> {
     if let Some(cpu) = resources.cpu() {
-        let problem = "names CPUs of the host, which kvrun cannot pin a guest to; use linux.resources.cpu.quota";
+        let problem =
+            "names CPUs of the host, which kvrun cannot pin a guest to; use linux.resources.cpu.quota";
         refuse(cpu.cpus().as_ref().is_some_and(|c| !c.is_empty()), "linux.resources.cpu.cpus", problem)?;
         let problem = "names memory nodes of the host, which kvrun cannot bind a guest to; remove it";
         refuse(cpu.mems().as_ref().is_some_and(|m| !m.is_empty()), "linux.resources.cpu.mems", problem)?;
-        let realtime = cpu.realtime_runtime().is_some_and(|r| r != 0) || cpu.realtime_period().is_some_and(|p| p != 0);
-        refuse(realtime, "linux.resources.cpu", "has realtimeRuntime or realtimePeriod, which cgroup v2 does not have; remove them")?;
+        let realtime =
+            cpu.realtime_runtime().is_some_and(|r| r != 0) || cpu.realtime_period().is_some_and(|p| p != 0);
+        refuse(
+            realtime,
+            "linux.resources.cpu",
+            "has realtimeRuntime or realtimePeriod, which cgroup v2 does not have; remove them",
+        )?;
     }
     if let Some(memory) = resources.memory() {
         let disabled = memory.disable_oom_killer() == Some(true);
-        refuse(disabled, "linux.resources.memory.disableOOMKiller", "is true, which cgroup v2 does not have; remove it")?;
+        refuse(
+            disabled,
+            "linux.resources.memory.disableOOMKiller",
+            "is true, which cgroup v2 does not have; remove it",
+        )?;
     }
     if let Some(io) = resources.block_io() {
         let named = [
             ("weightDevice", io.weight_device().as_ref().is_some_and(|l| !l.is_empty())),
             ("throttleReadBpsDevice", io.throttle_read_bps_device().as_ref().is_some_and(|l| !l.is_empty())),
-            ("throttleWriteBpsDevice", io.throttle_write_bps_device().as_ref().is_some_and(|l| !l.is_empty())),
-            ("throttleReadIOPSDevice", io.throttle_read_iops_device().as_ref().is_some_and(|l| !l.is_empty())),
-            ("throttleWriteIOPSDevice", io.throttle_write_iops_device().as_ref().is_some_and(|l| !l.is_empty())),
+            (
+                "throttleWriteBpsDevice",
+                io.throttle_write_bps_device().as_ref().is_some_and(|l| !l.is_empty()),
+            ),
+            (
+                "throttleReadIOPSDevice",
+                io.throttle_read_iops_device().as_ref().is_some_and(|l| !l.is_empty()),
+            ),
+            (
+                "throttleWriteIOPSDevice",
+                io.throttle_write_iops_device().as_ref().is_some_and(|l| !l.is_empty()),
+            ),
         ];
         for (name, present) in named {
             let problem = "names block devices of the host, which the guest does not have; remove it";
@@ -239,10 +333,19 @@ fn limits(resources: &LinuxResources) -> Result<(), Fault> {
         }
     }
     let hugepages = resources.hugepage_limits().as_ref().is_some_and(|l| !l.is_empty());
-    refuse(hugepages, "linux.resources.hugepageLimits", "is not supported yet: the guest has no huge pages; remove it")?;
+    refuse(
+        hugepages,
+        "linux.resources.hugepageLimits",
+        "is not supported yet: the guest has no huge pages; remove it",
+    )?;
     if let Some(network) = resources.network() {
-        let set = network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty());
-        refuse(set, "linux.resources.network", "has classID or priorities, which cgroup v2 does not have; remove them")?;
+        let set =
+            network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty());
+        refuse(
+            set,
+            "linux.resources.network",
+            "has classID or priorities, which cgroup v2 does not have; remove them",
+        )?;
     }
     let rdma = resources.rdma().as_ref().is_some_and(|r| !r.is_empty());
     refuse(rdma, "linux.resources.rdma", "is not supported: the guest has no RDMA devices; remove it")

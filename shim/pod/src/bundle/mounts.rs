@@ -80,11 +80,7 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
 fn last_option(mount: &Mount, yes: &[&str], no: &[&str]) -> bool {
     let options = mount.options().iter().flatten().rev();
     let mut decisive = options.filter_map(|o| {
-        if yes.contains(&o.as_str()) {
-            Some(true)
-        } else {
-            no.contains(&o.as_str()).then_some(false)
-        }
+        if yes.contains(&o.as_str()) { Some(true) } else { no.contains(&o.as_str()).then_some(false) }
     });
     decisive.next().unwrap_or(false)
 }
@@ -100,7 +96,10 @@ fn check_one(index: usize, mount: &Mount) -> Result<(), Fault> {
         let problem = format!("{destination:?} is not absolute: it must start with /");
         return Err(Fault::new(field("destination"), problem));
     }
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() || has_option(mount, &["idmap", "ridmap"]) {
+    if mount.uid_mappings().is_some()
+        || mount.gid_mappings().is_some()
+        || has_option(mount, &["idmap", "ridmap"])
+    {
         let problem = "asks for an ID-mapped mount, which kvrun does not have; leave out uidMappings, gidMappings, idmap and ridmap";
         return Err(Fault::new(format!("mounts[{index}]"), problem));
     }
@@ -126,7 +125,11 @@ fn check_one(index: usize, mount: &Mount) -> Result<(), Fault> {
 }
 
 /// Opens the sources of all bind mounts of a spec that was checked.
-pub(super) fn open_binds(config: &Path, bundle: BorrowedFd<'_>, spec: &Spec) -> Result<Vec<Bind>, BundleError> {
+pub(super) fn open_binds(
+    config: &Path,
+    bundle: BorrowedFd<'_>,
+    spec: &Spec,
+) -> Result<Vec<Bind>, BundleError> {
     let mut binds = Vec::new();
     for (index, mount) in spec.mounts().iter().flatten().enumerate().filter(|(_, mount)| is_bind(mount)) {
         let path = mount.source().clone().unwrap_or_default();
@@ -150,7 +153,11 @@ pub(super) fn open_binds(config: &Path, bundle: BorrowedFd<'_>, spec: &Spec) -> 
             is_recursive: has_option(mount, &["rbind"]) || (typ == Some("rbind")),
             read_only: last_option(mount, &["ro"], &["rw"]),
             recursively_read_only: last_option(mount, &["rro"], &["rrw"]),
-            follows_host: last_option(mount, &["slave", "rslave"], &["private", "rprivate", "unbindable", "runbindable"]),
+            follows_host: last_option(
+                mount,
+                &["slave", "rslave"],
+                &["private", "rprivate", "unbindable", "runbindable"],
+            ),
         });
     }
     Ok(binds)

@@ -70,7 +70,11 @@ impl FakeAgent {
 
 #[async_trait]
 impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
-    async fn bind_slot(&self, _: &TtrpcContext, request: api::BindSlotRequest) -> ttrpc::Result<api::BindSlotResponse> {
+    async fn bind_slot(
+        &self,
+        _: &TtrpcContext,
+        request: api::BindSlotRequest,
+    ) -> ttrpc::Result<api::BindSlotResponse> {
         assert_eq!(request.slot, u32::from(SHARE_SLOT));
         Ok(api::BindSlotResponse::new())
     }
@@ -98,10 +102,11 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         let stdio = self.stdio.lock().unwrap().clone();
         match self.program {
             Program::Cat => {
-                let (mut stdin, mut stdout) = (self.stream(stdio.stdin_token), self.stream(stdio.stdout_token));
+                let (mut stdin, mut stdout) =
+                    (self.stream(stdio.stdin_token), self.stream(stdio.stdout_token));
                 let end = self.end.clone();
                 thread::spawn(move || {
-                    std::io::copy(&mut stdin, &mut stdout).unwrap();
+                    io::copy(&mut stdin, &mut stdout).unwrap();
                     drop(stdout);
                     end.send_replace(exited(3));
                 });
@@ -118,13 +123,21 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         Ok(api::Empty::new())
     }
 
-    async fn wait_process(&self, _: &TtrpcContext, _: api::ProcessRequest) -> ttrpc::Result<api::WaitProcessResponse> {
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        _: api::ProcessRequest,
+    ) -> ttrpc::Result<api::WaitProcessResponse> {
         let mut end = self.end.subscribe();
         let end = end.wait_for(Option::is_some).await.unwrap().clone();
         Ok(end.unwrap())
     }
 
-    async fn signal_process(&self, _: &TtrpcContext, request: api::SignalProcessRequest) -> ttrpc::Result<api::Empty> {
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: api::SignalProcessRequest,
+    ) -> ttrpc::Result<api::Empty> {
         if self.program == Program::Hang {
             std::future::pending::<()>().await;
         }
@@ -246,8 +259,8 @@ fn run(test: impl Future<Output = ()>) {
 
 /// Runs the program to its end with these bytes as input; how it ended, and its output.
 async fn run_to_end(pod: &Pod, input: &[u8]) -> (Exit, Vec<u8>) {
-    let (stdin, mut to_stdin) = std::io::pipe().unwrap();
-    let (mut from_stdout, stdout) = std::io::pipe().unwrap();
+    let (stdin, mut to_stdin) = io::pipe().unwrap();
+    let (mut from_stdout, stdout) = io::pipe().unwrap();
     let stdio = Stdio { stdin: Some(stdin.into()), stdout: Some(stdout.into()), stderr: None };
     let input = input.to_owned();
     let writer = thread::spawn(move || to_stdin.write_all(&input));
@@ -365,7 +378,10 @@ fn kernel_that_the_vmm_refuses_is_named() {
         };
         let error = boot(refusing).await.unwrap_err();
         let line = crate::text::chain(&error);
-        assert_eq!(line, "boot the guest kernel /dev/null: the VMM refused to boot the machine: not an ELF file");
+        assert_eq!(
+            line,
+            "boot the guest kernel /dev/null: the VMM refused to boot the machine: not an ELF file"
+        );
     });
 }
 

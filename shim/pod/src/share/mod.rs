@@ -27,8 +27,9 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
+    unmount,
 };
 
 use crate::bundle::{Bind, Bundle};
@@ -84,7 +85,9 @@ pub fn enter_mount_namespace() -> Result<MountNamespace, ShareError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(ShareError::Namespace)?.count();
     if threads != 1 {
         // Only the calling thread would change.
-        return Err(ShareError::Namespace(io::Error::other(format!("there are {threads} threads instead of one"))));
+        return Err(ShareError::Namespace(io::Error::other(format!(
+            "there are {threads} threads instead of one"
+        ))));
     }
     sys::unshare_mount_namespace().map_err(ShareError::Namespace)?;
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
@@ -129,8 +132,10 @@ impl Share {
         }
         fsconfig_create(&fs).map_err(step("create the tmpfs for the share"))?;
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-        let root = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("mount the share"))?;
-        move_mount(&root, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(step("mount the share"))?;
+        let root =
+            fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("mount the share"))?;
+        move_mount(&root, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(step("mount the share"))?;
         let mounted = Mounted(path.to_owned());
         let writable = clone_tree(root.as_fd(), false).map_err(step("clone the share"))?;
         // Shared, so that a mount namespace the VMM makes for itself receives what is mounted here later.
@@ -168,7 +173,8 @@ impl Share {
             root.set_path(guest.join("rootfs"));
         }
 
-        self.make_directory(&format!("{id}/mounts")).map_err(step("make the mounts directory in the share"))?;
+        self.make_directory(&format!("{id}/mounts"))
+            .map_err(step("make the mounts directory in the share"))?;
         for bind in bundle.binds() {
             let place = format!("mounts/{}", bind.index());
             self.add_bind(bind, &format!("{id}/{place}"))
@@ -207,7 +213,8 @@ impl Share {
 
 /// A copy, attached nowhere, of the mount that `directory` is in, from there down.
 fn clone_tree(directory: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Errno> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let mut flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
@@ -215,14 +222,23 @@ fn clone_tree(directory: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Err
 }
 
 /// Sets what holds for a tree whatever the guest does.
-fn restrict(tree: &OwnedFd, read_only: bool, recursively_read_only: bool, follows_host: bool) -> io::Result<()> {
+fn restrict(
+    tree: &OwnedFd,
+    read_only: bool,
+    recursively_read_only: bool,
+    follows_host: bool,
+) -> io::Result<()> {
     // A device node in the tree is a node of the guest's for the guest; the VMM must not be led to open the host's.
     let set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
     // Mounts made on the host below the source arrive only where the spec asks for it with `slave` or `rslave`.
     let propagation = if follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
     sys::mount_setattr(tree, true, MountAttr { set, propagation })?;
     if read_only || recursively_read_only {
-        sys::mount_setattr(tree, recursively_read_only, MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 })?;
+        sys::mount_setattr(
+            tree,
+            recursively_read_only,
+            MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 },
+        )?;
     }
     Ok(())
 }

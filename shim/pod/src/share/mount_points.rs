@@ -29,7 +29,8 @@ pub(super) fn make(root: BorrowedFd<'_>, bundle: &Bundle) -> Result<(), MountPoi
     let mounts = bundle.spec().mounts().as_deref().unwrap_or_default();
     for (index, mount) in mounts.iter().enumerate() {
         let is_file = bundle.binds().iter().any(|bind| bind.index() == index && !bind.is_directory());
-        let covered = mounts[..index].iter().any(|earlier| is_below(mount.destination(), earlier.destination()));
+        let covered =
+            mounts[..index].iter().any(|earlier| is_below(mount.destination(), earlier.destination()));
         if !covered {
             let made = make_one(root, mount.destination(), is_file);
             made.map_err(|source| MountPointError { path: mount.destination().clone(), source })?;

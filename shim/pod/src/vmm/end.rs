@@ -68,7 +68,8 @@ pub(super) fn watch(control: Arc<Control>, child: Child) -> io::Result<watch::Re
     let (sender, receiver) = watch::channel(None);
     let stderr = pipe::Receiver::from_owned_fd(child.stderr)?;
     // SAFETY: an OwnedFd is one descriptor, open for as long as it lives, and it lives in here.
-    let pidfd = unsafe { AsyncFd::register_with_interest(child.pidfd, Interest::READABLE) }.map_err(io::Error::from)?;
+    let pidfd = unsafe { AsyncFd::register_with_interest(child.pidfd, Interest::READABLE) }
+        .map_err(io::Error::from)?;
     tokio::spawn(async move {
         let end = watch_until_end(&control, stderr, pidfd).await;
         tracing::debug!(death = %end.death, "the VMM ended");
@@ -106,7 +107,9 @@ async fn watch_until_end(control: &Control, stderr: pipe::Receiver, pidfd: Async
     let (death, console_tail) = match (closed, status) {
         (Closed::Violation(what), _) => (Death::Killed(what), String::new()),
         (Closed::ByPeer(Some((reason, console_tail))), _) => (Death::Reported(reason), console_tail),
-        (Closed::ByPeer(None), _) if killed.is_some() => (Death::Killed(killed.unwrap_or_default()), String::new()),
+        (Closed::ByPeer(None), _) if killed.is_some() => {
+            (Death::Killed(killed.unwrap_or_default()), String::new())
+        }
         (Closed::ByPeer(None), Status::Signaled(signal)) => (Death::Signaled(signal), String::new()),
         (Closed::ByPeer(None), Status::Exited(code)) => (Death::Exited(code), String::new()),
         (Closed::ByPeer(None), Status::Unknown) => (Death::Unknown, String::new()),

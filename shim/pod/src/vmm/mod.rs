@@ -19,7 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvrun_vmm_api::{
-    Channel, ChannelError, DeviceConfig, Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm, VmConfig, VmState,
+    Channel, ChannelError, DeviceConfig, Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm,
+    VmConfig, VmState,
 };
 use rustix::io::Errno;
 use tokio::io::Interest;
@@ -140,7 +141,7 @@ impl Vmm {
     pub fn spawn(program: &Path) -> Result<Self, VmmError> {
         let spawn_error = |source| VmmError::Spawn { path: program.to_owned(), source };
         let (channel, theirs) = Channel::pair()?;
-        let child = process::spawn(program, theirs.into()).map_err(spawn_error)?;
+        let child = process::spawn(program, &theirs.into()).map_err(spawn_error)?;
         Self::over(channel, child).map_err(spawn_error)
     }
 
@@ -184,8 +185,15 @@ impl Vmm {
     ///
     /// # Errors
     /// [`VmmError`].
-    pub async fn attach(&self, slot: u8, device: DeviceConfig, fds: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
-        self.request("attach a device", Request::Attach { slot, device }, fds, REQUEST_TIMEOUT).await.map(drop)
+    pub async fn attach(
+        &self,
+        slot: u8,
+        device: DeviceConfig,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), VmmError> {
+        self.request("attach a device", Request::Attach { slot, device }, fds, REQUEST_TIMEOUT)
+            .await
+            .map(drop)
     }
 
     /// Empties a slot.
@@ -378,7 +386,8 @@ impl Control {
     }
 
     async fn send(&self, message: &ToVmm, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
-        let sent = self.socket.async_io(Interest::WRITABLE, |socket| would_block(socket.0.send(message, fds)));
+        let sent =
+            self.socket.async_io(Interest::WRITABLE, |socket| would_block(socket.0.send(message, fds)));
         sent.await.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?
     }
 
@@ -395,7 +404,8 @@ impl Control {
     async fn receive_all(&self) -> Closed {
         let mut exited = None;
         loop {
-            let received = self.socket.async_io(Interest::READABLE, |s| would_block(s.0.receive::<FromVmm>())).await;
+            let received =
+                self.socket.async_io(Interest::READABLE, |s| would_block(s.0.receive::<FromVmm>())).await;
             let received = match received {
                 Ok(Ok(Some(received))) => received,
                 Ok(Ok(None) | Err(ChannelError::Socket(_))) | Err(_) => return Closed::ByPeer(exited),
@@ -411,12 +421,15 @@ impl Control {
                     let _ = sender.send(result);
                 }
                 FromVmm::Event(Event::VsockAccepted { port }) => {
-                    let (Some(sender), Some(stream)) = (self.waiting().connections.remove(&port), fds.next()) else {
+                    let (Some(sender), Some(stream)) = (self.waiting().connections.remove(&port), fds.next())
+                    else {
                         return Closed::Violation("the VMM reported a connection that was not expected");
                     };
                     let _ = sender.send(stream);
                 }
-                FromVmm::Event(Event::Exited { reason, console_tail }) => exited = Some((reason, console_tail)),
+                FromVmm::Event(Event::Exited { reason, console_tail }) => {
+                    exited = Some((reason, console_tail))
+                }
             }
         }
     }

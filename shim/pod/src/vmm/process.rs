@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use kvrun_vmm_api::CONTROL_FD;
 use nix::sys::signal::SigSet;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 
 use crate::sys;
 
@@ -25,7 +27,7 @@ pub(super) struct Child {
 
 /// Starts `program` with an empty environment, `control` as descriptor [`CONTROL_FD`], a pipe as standard error, `/dev/null` as
 /// standard input and output, and no other descriptor.
-pub(super) fn spawn(program: &Path, control: OwnedFd) -> io::Result<Child> {
+pub(super) fn spawn(program: &Path, control: &OwnedFd) -> io::Result<Child> {
     // Two descriptors must not be on the number the control socket is to have: the socket itself (dup2 onto itself would leave it
     // close-on-exec), and the pipe by which the standard library reports a failed exec (it would be overwritten). So
     // that number and those below it are taken while the child is made.
@@ -33,7 +35,7 @@ pub(super) fn spawn(program: &Path, control: OwnedFd) -> io::Result<Child> {
     while placeholders.last().is_some_and(|f| f.as_raw_fd() <= CONTROL_FD) {
         placeholders.push(File::open("/dev/null")?);
     }
-    let control = rustix::io::fcntl_dupfd_cloexec(&control, CONTROL_FD + 1)?;
+    let control = rustix::io::fcntl_dupfd_cloexec(control, CONTROL_FD + 1)?;
     let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&stderr, true)?;
 

@@ -36,7 +36,8 @@ impl FakeVmm {
     }
 }
 
-/// A [`Vmm`] whose other side is `behaviour` on a thread. Must be called in a runtime.
+/// A [`Vmm`] that reaps its process, and whose other side is `behaviour` on a thread. Must be called in a runtime.
+#[allow(clippy::zombie_processes, reason = "the Vmm reaps it, by its pidfd")]
 pub(crate) fn fake(behaviour: impl FnOnce(FakeVmm) + Send + 'static) -> Vmm {
     let (ours, theirs) = Channel::pair().unwrap();
     let (stderr, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -82,9 +83,16 @@ fn boot_sends_three_descriptors_and_waits_for_the_answer() {
 fn answers_may_come_in_any_order() {
     run(async {
         let vmm = fake(|fake| {
-            let (pause, state) = (fake.next().unwrap().message.id, fake.next().unwrap().message.id);
-            let reply =
-                VmState { paused: true, slots: Vec::new(), first_entry_ns: 1, boot_marks: Vec::new(), exits: Vec::new() };
+            let mut ids = [fake.next().unwrap().message, fake.next().unwrap().message];
+            ids.sort_by_key(|message| message.request == Request::State);
+            let [pause, state] = ids.map(|message| message.id);
+            let reply = VmState {
+                paused: true,
+                slots: Vec::new(),
+                first_entry_ns: 1,
+                boot_marks: Vec::new(),
+                exits: Vec::new(),
+            };
             fake.send(&FromVmm::Reply { id: state, result: Ok(Reply::State(reply)) });
             fake.done(pause);
             fake.next();
@@ -106,7 +114,10 @@ fn refusal_is_an_error_and_the_machine_goes_on() {
             fake.next();
         });
         let error = vmm.connect(7).await.unwrap_err();
-        assert!(matches!(error, VmmError::Refused { source: RequestError::ConnectionRefused { port: 7 }, .. }));
+        assert!(matches!(
+            error,
+            VmmError::Refused { source: RequestError::ConnectionRefused { port: 7 }, .. }
+        ));
         vmm.resume().await.unwrap();
     });
 }
@@ -249,7 +260,10 @@ fn real_child_has_the_control_socket_and_nothing_else() {
         let vmm = Vmm::spawn(&program).unwrap();
         let end = vmm.ended().await;
         let text = &end.stderr_tail;
-        assert!(text.contains("0 /dev/null") && text.contains("1 /dev/null") && text.contains("3 socket:"), "{text}");
+        assert!(
+            text.contains("0 /dev/null") && text.contains("1 /dev/null") && text.contains("3 socket:"),
+            "{text}"
+        );
         assert!(!text.contains("/dev/zero") && !text.contains("HOME="), "{text}");
     });
 }
