@@ -77,7 +77,8 @@ fn change_root() -> Result<(), BootError> {
         .map_err(|errno| BootError::Mount { fs_type: "tmpfs", target: STAGE, errno })?;
     let step = |step| move |errno| BootError::Root { step, errno };
     nix::unistd::chdir(STAGE).map_err(step("chdir"))?;
-    for (dir, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("run/kvrun", 0o755)] {
+    for (dir, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("run/kvrun", 0o755)]
+    {
         nix::unistd::mkdir(dir, Mode::from_bits_retain(mode)).map_err(step("mkdir"))?;
     }
     nix::unistd::mkdir("tmp", Mode::from_bits_retain(0o1777)).map_err(step("mkdir"))?;
@@ -107,8 +108,11 @@ fn make(
     flags: MsFlags,
     data: Option<&str>,
 ) -> Result<(), BootError> {
-    mount(Some(fs_type), target, Some(fs_type), flags, data)
-        .map_err(|errno| BootError::Mount { fs_type, target, errno })
+    mount(Some(fs_type), target, Some(fs_type), flags, data).map_err(|errno| BootError::Mount {
+        fs_type,
+        target,
+        errno,
+    })
 }
 
 /// Puts this process into a leaf and hands every controller on to the containers.

@@ -139,3 +139,46 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(given: Option<&str>) -> Option<String> {
+        let cgroup = Cgroup::from_spec(given.map(Path::new), "c1").ok()?;
+        Some(cgroup.in_spec().to_str()?.to_owned())
+    }
+
+    #[test]
+    fn the_path_is_always_below_the_root() {
+        for (given, expected) in [
+            (None, "/kvrun/c1"),
+            (Some(""), "/kvrun/c1"),
+            (Some("a/b"), "/a/b"),
+            (Some("//a/./b/"), "/a/b"),
+            (Some("system.slice:docker:c1"), "/system.slice:docker:c1"),
+        ] {
+            assert_eq!(path(given).as_deref(), Some(expected));
+        }
+        for bad in ["/", ".", "a/../b", "..", "/.kvrun-agent", ".kvrun-agent/x"] {
+            assert_eq!(path(Some(bad)), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn two_cgroups_overlap_if_one_is_inside_the_other() {
+        let cgroup = |path: &str| Cgroup::from_spec(Some(Path::new(path)), "c").unwrap();
+        assert!(cgroup("a/b").overlaps(&cgroup("a")));
+        assert!(cgroup("a").overlaps(&cgroup("a/b/c")));
+        assert!(!cgroup("a/b").overlaps(&cgroup("a/bc")));
+    }
+
+    #[test]
+    fn a_cgroup_that_never_was_is_killed_and_removed_without_an_error() {
+        let cgroup = Cgroup::from_spec(Some(Path::new("kvrun-test/never/was")), "c").unwrap();
+        cgroup.kill().unwrap();
+        cgroup.signal(15).unwrap();
+        cgroup.remove().unwrap();
+        assert!(!cgroup.oom_killed());
+    }
+}

@@ -6,7 +6,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, getpeername, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, getpeername, listen,
+    socket,
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::net::Shutdown;
@@ -43,10 +44,12 @@ impl Descriptor {
         while !bytes.is_empty() {
             let written = self
                 .0
-                .async_io(Interest::WRITABLE, |fd| loop {
-                    match rustix::io::write(fd, bytes) {
-                        Err(rustix::io::Errno::INTR) => {}
-                        other => return other.map_err(io::Error::from),
+                .async_io(Interest::WRITABLE, |fd| {
+                    loop {
+                        match rustix::io::write(fd, bytes) {
+                            Err(rustix::io::Errno::INTR) => {}
+                            other => return other.map_err(io::Error::from),
+                        }
                     }
                 })
                 .await?;
@@ -162,8 +165,9 @@ impl Listener {
 
 fn comes_from_host(fd: &OwnedFd) -> bool {
     match rustix::net::sockopt::socket_domain(fd) {
-        Ok(rustix::net::AddressFamily::VSOCK) => getpeername::<VsockAddr>(fd.as_raw_fd())
-            .is_ok_and(|peer| peer.cid() == libc::VMADDR_CID_HOST),
+        Ok(rustix::net::AddressFamily::VSOCK) => {
+            getpeername::<VsockAddr>(fd.as_raw_fd()).is_ok_and(|peer| peer.cid() == libc::VMADDR_CID_HOST)
+        }
         Ok(_) => true,
         Err(_) => false,
     }

@@ -66,7 +66,12 @@ impl Mount {
     /// # Errors
     ///
     /// [`MountError::Kind`], [`MountError::Source`], [`MountError::Path`].
-    pub fn parse(kind: Option<Kind>, source: &str, mount_point: &str, read_only: bool) -> Result<Self, MountError> {
+    pub fn parse(
+        kind: Option<Kind>,
+        source: &str,
+        mount_point: &str,
+        read_only: bool,
+    ) -> Result<Self, MountError> {
         let bad_source = |what| MountError::Source(source.chars().take(64).collect(), what);
         let block_device = || {
             let name = source.strip_prefix("/dev/").unwrap_or_default();
@@ -91,7 +96,9 @@ impl Mount {
                 block_device()?;
                 "erofs"
             }
-            Some(Kind::KIND_UNSPECIFIED) | None => return Err(MountError::Kind(source.chars().take(64).collect())),
+            Some(Kind::KIND_UNSPECIFIED) | None => {
+                return Err(MountError::Kind(source.chars().take(64).collect()));
+            }
         };
         let read_only = read_only || fs_type == "erofs";
         let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
@@ -182,5 +189,54 @@ impl Mounts {
 
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_checked_part_by_part() {
+        let parse = |kind, source: &str| Mount::parse(kind, source, "/run/kvrun/m", false);
+        assert_eq!(parse(Some(Kind::VIRTIOFS), "share").unwrap().fs_type, "virtiofs");
+        assert!(parse(Some(Kind::EROFS), "/dev/vda").unwrap().flags.contains(MsFlags::MS_RDONLY));
+        for source in ["", "vda", "/dev/", "/dev/../etc", "/dev/mapper/x", "/dev/vda\0"] {
+            assert!(matches!(parse(Some(Kind::EXT4), source), Err(MountError::Source(..))), "{source:?}");
+        }
+        assert!(matches!(parse(Some(Kind::VIRTIOFS), &"t".repeat(37)), Err(MountError::Source(..))));
+        assert!(matches!(parse(None, "share"), Err(MountError::Kind(_))));
+        assert!(matches!(parse(Some(Kind::KIND_UNSPECIFIED), "share"), Err(MountError::Kind(_))));
+        let outside = Mount::parse(Some(Kind::VIRTIOFS), "share", "/etc", false);
+        assert!(matches!(outside, Err(MountError::Path(_))));
+    }
+
+    #[test]
+    fn mounts_come_and_go_and_each_mistake_has_its_error() {
+        crate::path::tests::private_run();
+        let mounts = Mounts::default();
+        let mount = |point: &str| Mount {
+            fs_type: "tmpfs",
+            source: "test".to_owned(),
+            mount_point: RunPath::parse(point).unwrap(),
+            flags: MsFlags::empty(),
+        };
+        let outer = mount("/run/kvrun/outer");
+        mounts.mount(&outer).unwrap();
+        assert!(matches!(mounts.mount(&outer), Err(MountError::Taken(_))));
+        std::fs::write("/run/kvrun/outer/file", "").unwrap();
+        let inner = mount("/run/kvrun/outer/in/ner");
+        mounts.mount(&inner).unwrap();
+        let busy = mounts.unmount(&outer.mount_point);
+        assert!(matches!(busy, Err(MountError::Unmount { errno: Errno::EBUSY, .. })));
+        mounts.unmount(&inner.mount_point).unwrap();
+        assert!(matches!(mounts.unmount(&inner.mount_point), Err(MountError::NotMounted(_))));
+        mounts.mount(&inner).unwrap();
+        mounts.unmount_all();
+        assert!(!std::path::Path::new("/run/kvrun/outer").exists(), "unmounted, and the mount point removed");
+
+        let broken = Mount { fs_type: "no-such-fs", ..mount("/run/kvrun/broken") };
+        assert!(matches!(mounts.mount(&broken), Err(MountError::Mount { errno: Errno::ENODEV, .. })));
+        assert!(mounts.table().mounted.is_empty());
     }
 }

@@ -44,7 +44,8 @@ impl RunPath {
     /// [`PathError::Outside`], [`PathError::Reserved`].
     pub fn parse(text: &str) -> Result<Self, PathError> {
         let outside = || PathError::Outside(text.chars().take(256).collect());
-        let below = text.strip_prefix(GUEST_RUN_DIR).and_then(|rest| rest.strip_prefix('/')).ok_or_else(outside)?;
+        let below =
+            text.strip_prefix(GUEST_RUN_DIR).and_then(|rest| rest.strip_prefix('/')).ok_or_else(outside)?;
         if text.len() >= libc::PATH_MAX as usize
             || text.contains('\0')
             || below.split('/').any(|part| matches!(part, "" | "." | ".."))
@@ -64,7 +65,8 @@ impl RunPath {
     ///
     /// [`PathError::Open`].
     pub fn open_or_create(&self) -> Result<OwnedFd, PathError> {
-        let error = |errno: Errno| PathError::Open { path: self.0.display().to_string(), source: errno.into() };
+        let error =
+            |errno: Errno| PathError::Open { path: self.0.display().to_string(), source: errno.into() };
         let mut dir = open_run_dir().map_err(error)?;
         for part in self.0.components() {
             dir = match open_part(&dir, part.as_os_str().as_ref()) {
@@ -87,7 +89,8 @@ impl RunPath {
     ///
     /// [`PathError::Open`].
     pub fn open_parent(&self) -> Result<Option<(OwnedFd, &Path)>, PathError> {
-        let error = |errno: Errno| PathError::Open { path: self.0.display().to_string(), source: errno.into() };
+        let error =
+            |errno: Errno| PathError::Open { path: self.0.display().to_string(), source: errno.into() };
         let mut dir = open_run_dir().map_err(error)?;
         if let Some(parent) = self.0.parent() {
             for part in parent.components() {
@@ -121,4 +124,68 @@ fn open_run_dir() -> Result<OwnedFd, Errno> {
 fn open_part(dir: &OwnedFd, part: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat2(dir, part, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    /// Gives this thread a `/run` of its own. Needs root.
+    pub(crate) fn private_run() {
+        const NOTHING: Option<&str> = None;
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(NOTHING, "/", NOTHING, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NOTHING).unwrap();
+        mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), NOTHING).unwrap();
+        fs::create_dir(GUEST_RUN_DIR).unwrap();
+    }
+
+    #[test]
+    fn only_plain_paths_below_the_run_directory_are_taken() {
+        for good in ["/run/kvrun/a", "/run/kvrun/a/b.c/..d"] {
+            assert_eq!(RunPath::parse(good).unwrap().to_string(), good);
+        }
+        let long = format!("/run/kvrun/{}", "a/".repeat(3000));
+        for bad in [
+            "",
+            "/",
+            "/run/kvrun",
+            "/run/kvrun/",
+            "/run/kvrunner/a",
+            "run/kvrun/a",
+            "/run/kvrun/../a",
+            "/run/kvrun/a/..",
+            "/run/kvrun//a",
+            "/run/kvrun/a/",
+            "/run/kvrun/./a",
+            "/run/kvrun/a\0b",
+            "/etc",
+            &long,
+        ] {
+            assert!(matches!(RunPath::parse(bad), Err(PathError::Outside(_))), "{bad:?}");
+        }
+        for reserved in ["/run/kvrun/oci", "/run/kvrun/oci/state"] {
+            assert!(matches!(RunPath::parse(reserved), Err(PathError::Reserved(_))));
+        }
+    }
+
+    #[test]
+    fn a_symbolic_link_on_the_way_is_not_followed() {
+        private_run();
+        fs::create_dir(format!("{GUEST_RUN_DIR}/share")).unwrap();
+        symlink("/etc", format!("{GUEST_RUN_DIR}/share/link")).unwrap();
+        symlink("real", format!("{GUEST_RUN_DIR}/share/inside")).unwrap();
+        for path in ["share/link", "share/link/new", "share/inside/x"] {
+            let path = RunPath::parse(&format!("{GUEST_RUN_DIR}/{path}")).unwrap();
+            assert!(matches!(path.open_or_create(), Err(PathError::Open { .. })), "{path}");
+        }
+        assert!(!Path::new("/etc/new").exists());
+        RunPath::parse("/run/kvrun/share/new/deep").unwrap().open_or_create().unwrap();
+        assert!(Path::new("/run/kvrun/share/new/deep").is_dir());
+    }
 }

@@ -91,3 +91,41 @@ impl Reaper {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// The only test of this crate's unit tests with children: a reaper takes every child of its process.
+    #[test]
+    #[allow(clippy::zombie_processes, reason = "the reaper waits")]
+    fn every_end_reaches_its_waiter_and_nobody_is_left() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let reaper = Reaper::start().unwrap();
+            let spawn = |script: &str| {
+                let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+                reaper.register(child.id() as i32)
+            };
+            // Many at once: their signals coalesce.
+            let exits: Vec<_> = (0..40).map(|code| (code, spawn(&format!("exit {code}")))).collect();
+            let killed: Vec<_> =
+                [1, 9, 15, 34, 64].map(|n| (n, spawn(&format!("kill -{n} $$; sleep 9")))).into();
+            // Nobody waits for this one: it must not stay a zombie.
+            let forgotten = Command::new("sh").args(["-c", "exit 0"]).spawn().unwrap().id() as i32;
+            for (code, exit) in exits {
+                assert_eq!(exit.await.unwrap(), End::Exited(code));
+            }
+            for (signal, end) in killed {
+                assert_eq!(end.await.unwrap(), End::Signaled(signal));
+            }
+            // SAFETY: signal 0 only asks whether the process is there.
+            while unsafe { libc::kill(forgotten, 0) } == 0 {
+                reaper.next().await;
+            }
+            assert!(reaper.waiting.lock().unwrap().is_empty());
+        });
+    }
+}

@@ -13,9 +13,9 @@ use async_trait::async_trait;
 use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
-    BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
-    GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
-    Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
+    BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
+    Empty, GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest,
+    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use tokio::time::timeout;
@@ -146,7 +146,9 @@ impl AgentService {
     async fn go_down(&self) {
         let parts = self.0.clone();
         let containers = parts.containers.all();
-        for result in join_all(containers.iter().map(|container| container.remove(&parts.engine.reaper))).await {
+        for result in
+            join_all(containers.iter().map(|container| container.remove(&parts.engine.reaper))).await
+        {
             if let Err(err) = result {
                 log::warn!("{}", error_chain(&err));
             }
@@ -165,7 +167,7 @@ impl AgentService {
 #[async_trait]
 impl Agent for AgentService {
     async fn get_info(&self, _: &TtrpcContext, _: GetInfoRequest) -> ttrpc::Result<GetInfoResponse> {
-        let memory = meminfo().map_err(Failure::internal)?;
+        let memory = meminfo().map_err(|err| Failure::internal(error_chain(&err)))?;
         let mut response = GetInfoResponse::new();
         env!("CARGO_PKG_VERSION").clone_into(&mut response.agent_version);
         response.kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
@@ -199,7 +201,8 @@ impl Agent for AgentService {
     }
 
     async fn unmount(&self, _: &TtrpcContext, request: UnmountRequest) -> ttrpc::Result<Empty> {
-        let mount_point = RunPath::parse(&request.mount_point).map_err(MountError::from).map_err(Failure::from)?;
+        let mount_point =
+            RunPath::parse(&request.mount_point).map_err(MountError::from).map_err(Failure::from)?;
         let parts = self.0.clone();
         blocking(move || Ok(parts.mounts.unmount(&mount_point)?)).await?;
         Ok(Empty::new())
@@ -221,7 +224,11 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
-    async fn wait_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitProcessResponse> {
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
         let id = container_id(&request.container_id)?;
         no_exec(&request.exec_id)?;
         let container = self.0.containers.get(&id).map_err(Failure::from)?;
@@ -249,11 +256,16 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
-    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<Empty> {
         let id = container_id(&request.container_id)?;
         no_exec(&request.exec_id)?;
         let (Ok(rows), Ok(columns)) = (u16::try_from(request.rows), u16::try_from(request.columns)) else {
-            let text = format!("a terminal cannot have {} rows and {} columns", request.rows, request.columns);
+            let text =
+                format!("a terminal cannot have {} rows and {} columns", request.rows, request.columns);
             return Err(Failure::invalid(text).into());
         };
         let container = self.0.containers.get(&id).map_err(Failure::from)?;
@@ -283,14 +295,14 @@ impl Agent for AgentService {
 async fn detached<T: Send + 'static>(
     future: impl Future<Output = Result<T, Failure>> + Send + 'static,
 ) -> Result<T, Failure> {
-    tokio::spawn(future).await.unwrap_or_else(|err| Err(Failure::internal(err)))
+    tokio::spawn(future).await.unwrap_or_else(|err| Err(Failure::internal(error_chain(&err))))
 }
 
 /// Runs where a file system or a driver may keep it waiting.
 async fn blocking<T: Send + 'static>(
     call: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(call).await.unwrap_or_else(|err| Err(Failure::internal(err)))
+    tokio::task::spawn_blocking(call).await.unwrap_or_else(|err| Err(Failure::internal(error_chain(&err))))
 }
 
 fn container_id(text: &str) -> Result<ContainerId, Failure> {
@@ -307,13 +319,13 @@ fn no_exec(exec_id: &str) -> Result<(), Failure> {
 
 fn check_tokens(stdio: &Stdio, terminal: bool) -> Result<(), Failure> {
     if terminal && stdio.stderr_token != 0 {
-        return Err(Failure::invalid("a terminal has no stream for standard error"));
+        return Err(Failure::invalid("a terminal has no stream for standard error".to_owned()));
     }
     let mut tokens: Vec<u64> = [stdio.stdin_token, stdio.stdout_token, stdio.stderr_token].into();
     tokens.retain(|token| *token != 0);
     tokens.sort_unstable();
     if tokens.windows(2).any(|pair| pair[0] == pair[1]) {
-        return Err(Failure::invalid("the tokens of a container's streams must differ"));
+        return Err(Failure::invalid("the tokens of a container's streams must differ".to_owned()));
     }
     Ok(())
 }
@@ -341,16 +353,16 @@ struct Failure {
 }
 
 impl Failure {
-    fn new(code: Code, text: impl ToString) -> Self {
-        Self { code, text: text.to_string() }
+    fn new(code: Code, text: String) -> Self {
+        Self { code, text }
     }
 
-    fn invalid(text: impl ToString) -> Self {
+    fn invalid(text: String) -> Self {
         Self::new(Code::INVALID_ARGUMENT, text)
     }
 
-    fn internal(text: impl ToString) -> Self {
-        Self::new(Code::INTERNAL, text)
+    fn internal(text: impl Into<String>) -> Self {
+        Self::new(Code::INTERNAL, text.into())
     }
 }
 
@@ -412,9 +424,9 @@ impl From<MountError> for Failure {
             MountError::Taken(_) => Code::ALREADY_EXISTS,
             MountError::NotMounted(_) => Code::NOT_FOUND,
             MountError::Unmount { errno: nix::errno::Errno::EBUSY, .. } => Code::FAILED_PRECONDITION,
-            MountError::Path(PathError::Open { .. }) | MountError::Mount { .. } | MountError::Unmount { .. } => {
-                Code::INTERNAL
-            }
+            MountError::Path(PathError::Open { .. })
+            | MountError::Mount { .. }
+            | MountError::Unmount { .. } => Code::INTERNAL,
         };
         Self::new(code, error_chain(&err))
     }

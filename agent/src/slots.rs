@@ -84,7 +84,8 @@ impl Slots {
         if !device.join("driver").exists() {
             return Ok(());
         }
-        fs::write(self.driver().join("unbind"), name(slot)).map_err(|source| SlotError::Unbind { slot, source })
+        fs::write(self.driver().join("unbind"), name(slot))
+            .map_err(|source| SlotError::Unbind { slot, source })
     }
 
     fn device(&self, slot: u32) -> Result<PathBuf, SlotError> {
@@ -106,10 +107,65 @@ fn name(slot: u32) -> String {
 
 /// The virtio device of a bound slot: its only child named `virtioN`.
 fn virtio_device(device: &Path) -> Option<PathBuf> {
-    let is_virtio = |name: &str| name.strip_prefix("virtio").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+    let is_virtio =
+        |name: &str| name.strip_prefix("virtio").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
     first_entry(device, is_virtio).map(|name| device.join(name))
 }
 
 fn first_entry(dir: &Path, matches: impl Fn(&str) -> bool) -> Option<String> {
-    fs::read_dir(dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).find(|name| matches(name))
+    fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .find(|name| matches(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A sysfs with slot 1 empty, slot 2 bound to a block device, slot 3 bound to a device nobody drives.
+    fn sysfs(name: &str) -> Slots {
+        let sysfs = std::env::temp_dir().join(format!("kvrun-slots-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&sysfs);
+        let driver = sysfs.join("bus/platform/drivers/virtio-mmio");
+        fs::create_dir_all(&driver).unwrap();
+        for slot in 1..=3 {
+            fs::create_dir_all(sysfs.join(format!("bus/platform/devices/virtio-mmio.{slot}/power"))).unwrap();
+        }
+        for (slot, virtio) in [(2, "virtio0"), (3, "virtio1")] {
+            let device = sysfs.join(format!("bus/platform/devices/virtio-mmio.{slot}"));
+            symlink(&driver, device.join("driver")).unwrap();
+            fs::create_dir(device.join(virtio)).unwrap();
+        }
+        let block = sysfs.join("bus/platform/devices/virtio-mmio.2/virtio0");
+        symlink(&driver, block.join("driver")).unwrap();
+        fs::create_dir_all(block.join("block/vda/queue")).unwrap();
+        Slots { sysfs }
+    }
+
+    #[test]
+    fn a_bound_slot_tells_its_block_device() {
+        let slots = sysfs("bound");
+        assert_eq!(slots.bind(2).unwrap(), "vda");
+        assert!(matches!(slots.bind(3), Err(SlotError::NoDriver(3))));
+        fs::remove_dir_all(slots.sysfs).unwrap();
+    }
+
+    #[test]
+    fn slots_that_are_missing_or_refused_are_named() {
+        let slots = sysfs("missing");
+        for slot in [0, 4, u32::MAX] {
+            assert!(matches!(slots.bind(slot), Err(SlotError::Unknown(_))));
+            assert!(matches!(slots.unbind(slot), Err(SlotError::Unknown(_))));
+        }
+        // The kernel would refuse the write; here it is a directory that does.
+        fs::create_dir(slots.driver().join("bind")).unwrap();
+        assert!(matches!(slots.bind(1), Err(SlotError::Bind { slot: 1, .. })));
+        slots.unbind(1).unwrap();
+        slots.unbind(2).unwrap();
+        assert_eq!(fs::read_to_string(slots.driver().join("unbind")).unwrap(), "virtio-mmio.2");
+        fs::remove_dir_all(slots.sysfs).unwrap();
+    }
 }

@@ -234,3 +234,101 @@ async fn pump_out(
     }
     stream.shutdown(Shutdown::Write);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn stream() -> (UnixStream, Option<Descriptor>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (ours, Some(Descriptor::new(theirs.into()).unwrap()))
+    }
+
+    fn read_to_end(mut stream: UnixStream) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        stream.set_nonblocking(false).unwrap();
+        stream.read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn what_a_process_wrote_before_its_end_is_handed_over_although_the_pipe_stays_open() {
+        let (engine, stdout) = stream();
+        let (process, agent) = pipes(EngineStreams { stdout, ..Default::default() }, (0, 0)).unwrap();
+        let mut pipe = File::from(process.stdout);
+        // A full pipe, before the pump has had its first turn.
+        pipe.write_all(&[7; BUFFER]).unwrap();
+        Pumps::start(agent).finish().await;
+        assert_eq!(read_to_end(engine), [7; BUFFER]);
+        assert_eq!(pipe.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_reads_nothing_holds_the_end_up_for_a_bounded_time_and_loses_nothing() {
+        const SIZE: usize = 1 << 20;
+        let (engine, stdout) = stream();
+        let (process, agent) = pipes(EngineStreams { stdout, ..Default::default() }, (0, 0)).unwrap();
+        rustix::pipe::fcntl_setpipe_size(&process.stdout, SIZE).unwrap();
+        File::from(process.stdout).write_all(&vec![9; SIZE]).unwrap();
+        let before = tokio::time::Instant::now();
+        Pumps::start(agent).finish().await;
+        assert!(before.elapsed() <= 3 * STALL, "{:?}", before.elapsed());
+        let read = tokio::task::spawn_blocking(move || read_to_end(engine)).await.unwrap();
+        assert_eq!(read.len(), SIZE);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_stdin_closes_the_pipe_and_a_reader_that_leaves_closes_the_stream() {
+        let (mut engine, stdin) = stream();
+        let (process, agent) = pipes(EngineStreams { stdin, ..Default::default() }, (0, 0)).unwrap();
+        let pumps = Pumps::start(agent);
+        engine.write_all(b"all").unwrap();
+        engine.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut pipe = File::from(process.stdin);
+        let text = tokio::task::spawn_blocking(move || {
+            let mut text = String::new();
+            pipe.read_to_string(&mut text).map(|_| text)
+        });
+        assert_eq!(text.await.unwrap().unwrap(), "all");
+        pumps.finish().await;
+
+        let (mut engine, stdin) = stream();
+        let (process, agent) = pipes(EngineStreams { stdin, ..Default::default() }, (0, 0)).unwrap();
+        let _pumps = Pumps::start(agent);
+        drop(process);
+        engine.write_all(b"to nobody").unwrap();
+        assert_eq!(tokio::task::spawn_blocking(move || read_to_end(engine)).await.unwrap(), b"");
+    }
+
+    #[tokio::test]
+    async fn a_closed_engine_stream_is_a_broken_pipe_to_the_process() {
+        let (engine, stdout) = stream();
+        let (process, agent) = pipes(EngineStreams { stdout, ..Default::default() }, (0, 0)).unwrap();
+        let _pumps = Pumps::start(agent);
+        drop(engine);
+        let mut pipe = File::from(process.stdout);
+        let error = tokio::task::spawn_blocking(move || {
+            loop {
+                if let Err(err) = pipe.write_all(b"line") {
+                    return err;
+                }
+            }
+        });
+        assert_eq!(error.await.unwrap().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
+    async fn pipes_belong_to_the_user_and_absent_streams_are_dev_null() {
+        let (_engine, stdin) = stream();
+        let (process, agent) = pipes(EngineStreams { stdin, ..Default::default() }, (1000, 1001)).unwrap();
+        let metadata = File::from(process.stdin).metadata().unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1000, 1001));
+        let null = std::fs::metadata("/dev/null").unwrap().rdev();
+        assert_eq!(File::from(process.stdout).metadata().unwrap().rdev(), null);
+        assert!(agent.outputs.is_empty());
+    }
+}

@@ -97,8 +97,11 @@ impl StreamBroker {
         while table.unclaimed.front().is_some_and(|oldest| now - oldest.since > PATIENCE) {
             table.unclaimed.pop_front();
         }
-        if table.unclaimed.len() >= MAX_UNCLAIMED || table.unclaimed.iter().any(|other| other.token == token) {
-            log::warn!("a stdio stream was closed: its token is in use, or {MAX_UNCLAIMED} wait to be asked for");
+        if table.unclaimed.len() >= MAX_UNCLAIMED || table.unclaimed.iter().any(|other| other.token == token)
+        {
+            log::warn!(
+                "a stdio stream was closed: its token is in use, or {MAX_UNCLAIMED} wait to be asked for"
+            );
             return;
         }
         table.unclaimed.push_back(Unclaimed { token, stream, since: now });
@@ -157,4 +160,89 @@ async fn read_token(mut stream: Descriptor) -> Option<(u64, Descriptor)> {
     let mut header = [0; TOKEN_LEN];
     stream.read_exact(&mut header).await.ok()?;
     Some((u64::from_le_bytes(header), stream))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (Descriptor, Descriptor) {
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        (Descriptor::new(a).unwrap(), Descriptor::new(b).unwrap())
+    }
+
+    async fn is_closed(stream: &Descriptor) -> bool {
+        stream.read(&mut Vec::with_capacity(1)).await.is_ok_and(|n| n == 0)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_reaches_its_claim_in_either_order() {
+        let broker = StreamBroker::default();
+        let (ours, theirs) = pair();
+        broker.offer(7, theirs);
+        let claimed = broker.claim(7).await.unwrap();
+        claimed.write_all(b"x", |_| ()).await.unwrap();
+        assert_eq!(ours.read(&mut Vec::with_capacity(9)).await.unwrap(), 1);
+
+        let (ours, theirs) = pair();
+        let (claimed, ()) = tokio::join!(broker.claim(8), async { broker.offer(8, theirs) });
+        drop(claimed.unwrap());
+        assert!(is_closed(&ours).await);
+        assert!(broker.table().waiting.is_empty() && broker.table().unclaimed.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_gives_up_and_leaves_nothing() {
+        let broker = StreamBroker::default();
+        let (first, second) = tokio::join!(broker.claim(9), broker.claim(9));
+        assert!(matches!(first, Err(StreamError::Timeout(9))));
+        assert!(matches!(second, Err(StreamError::Taken(9))));
+        assert!(broker.table().waiting.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unclaimed_streams_are_bounded_and_grow_old() {
+        let broker = StreamBroker::default();
+        let mut ends = Vec::new();
+        for token in 1..=MAX_UNCLAIMED as u64 + 1 {
+            let (ours, theirs) = pair();
+            broker.offer(token, theirs);
+            ends.push(ours);
+        }
+        assert!(is_closed(ends.last().unwrap()).await, "one too many");
+        assert_eq!(broker.table().unclaimed.len(), MAX_UNCLAIMED);
+
+        let (ours, theirs) = pair();
+        broker.offer(0, theirs);
+        assert!(is_closed(&ours).await, "token 0");
+
+        tokio::time::advance(PATIENCE + Duration::from_secs(1)).await;
+        let (_ours, theirs) = pair();
+        broker.offer(1000, theirs);
+        assert_eq!(broker.table().unclaimed.len(), 1);
+        assert!(is_closed(&ends[0]).await);
+        broker.claim(1000).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_token_is_read_from_the_connection_and_no_byte_more() {
+        let path = std::env::temp_dir().join(format!("kvrun-streams-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let broker = StreamBroker::default();
+        tokio::spawn(broker.clone().serve(Listener::new(listener.into()).unwrap()));
+        // A connection that never finishes its token does not stand in the way of the next.
+        let mut stuck = UnixStream::connect(&path).unwrap();
+        std::io::Write::write_all(&mut stuck, &[1, 2, 3]).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        std::io::Write::write_all(&mut stream, b"\x01\x02\x03\x04\x05\x06\x07\x08data").unwrap();
+        let claimed = broker.claim(0x0807_0605_0403_0201).await.unwrap();
+        let mut buf = Vec::with_capacity(64);
+        claimed.read(&mut buf).await.unwrap();
+        assert_eq!(buf, b"data");
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -96,7 +96,9 @@ fn output_and_errors_are_kept_apart_and_complete_when_the_end_is_told() {
 fn what_is_in_the_pipe_when_the_process_ends_is_not_lost() {
     lab(|lab| async move {
         let stdout = Stream::open();
-        lab.create("last", &config("head -c 60000 /proc/self/exe"), stdio(None, Some(&stdout), None)).await.unwrap();
+        lab.create("last", &config("head -c 60000 /proc/self/exe"), stdio(None, Some(&stdout), None))
+            .await
+            .unwrap();
         lab.start("last").await.unwrap();
         assert_eq!(lab.wait("last").await, Ended::Exit(0));
         lab.remove("last").await.unwrap();
@@ -170,9 +172,15 @@ fn the_program_to_run_can_be_missing_or_not_executable_or_broken() {
         let none = || stdio(None, None, None);
 
         let (code, text) = refusal(lab.create("x", &with_args(&["no-such"]), none()).await);
-        assert_eq!((code, text.as_str()), (Code::NOT_FOUND, r#"executable "no-such" not found in the container's $PATH (/bin)"#));
+        assert_eq!(
+            (code, text.as_str()),
+            (Code::NOT_FOUND, r#"executable "no-such" not found in the container's $PATH (/bin)"#)
+        );
         let (code, text) = refusal(lab.create("x", &with_args(&["/bin/no-such"]), none()).await);
-        assert_eq!((code, text.as_str()), (Code::NOT_FOUND, r#"executable "/bin/no-such" does not exist in the container"#));
+        assert_eq!(
+            (code, text.as_str()),
+            (Code::NOT_FOUND, r#"executable "/bin/no-such" does not exist in the container"#)
+        );
         for name in ["data", "/bin/data", "/bin"] {
             let (code, text) = refusal(lab.create("x", &with_args(&[name]), none()).await);
             assert_eq!(code, Code::PERMISSION_DENIED, "{text}");
@@ -188,7 +196,10 @@ fn the_program_to_run_can_be_missing_or_not_executable_or_broken() {
         lab.remove("y").await.unwrap();
         lab.create("z", &with_args(&["/bin/garbage"]), none()).await.unwrap();
         let (code, text) = refusal(lab.start("z").await);
-        assert_eq!((code, text.as_str()), (Code::PERMISSION_DENIED, r#"cannot execute "/bin/garbage": Exec format error"#));
+        assert_eq!(
+            (code, text.as_str()),
+            (Code::PERMISSION_DENIED, r#"cannot execute "/bin/garbage": Exec format error"#)
+        );
         lab.remove("z").await.unwrap();
         assert!(left_behind().is_empty(), "{:?}", left_behind());
     });

@@ -30,7 +30,9 @@ impl BootMarks {
     pub fn write(&self, mark: u8) {
         if self.permitted {
             // SAFETY: ioperm(2) has given access to this port; OUT touches neither memory nor flags.
-            unsafe { asm!("out dx, al", in("dx") PORT, in("al") mark, options(nomem, nostack, preserves_flags)) }
+            unsafe {
+                asm!("out dx, al", in("dx") PORT, in("al") mark, options(nomem, nostack, preserves_flags));
+            }
         }
     }
 }

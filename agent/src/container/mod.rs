@@ -116,7 +116,13 @@ enum State {
 impl Container {
     fn new(id: ContainerId, cgroup: Cgroup) -> Self {
         let (removal, _) = watch::channel(false);
-        Self { id, cgroup, process: OnceLock::new(), state: tokio::sync::Mutex::new(State::Creating), removal }
+        Self {
+            id,
+            cgroup,
+            process: OnceLock::new(),
+            state: tokio::sync::Mutex::new(State::Creating),
+            removal,
+        }
     }
 
     /// Creates it: its process then waits for the start.
@@ -169,8 +175,10 @@ impl Container {
         fs::write(bundle.join("config.json"), config).map_err(self.system("write the config"))?;
 
         let (console, streams, (process_ends, agent_ends)) = if spec.terminal {
-            let console = terminal::listen(&bundle, CONSOLE_SOCKET).map_err(self.system("make the console socket"))?;
-            let ends = (stdio::null_ends().map_err(self.system("open /dev/null"))?, stdio::AgentEnds::default());
+            let console =
+                terminal::listen(&bundle, CONSOLE_SOCKET).map_err(self.system("make the console socket"))?;
+            let ends =
+                (stdio::null_ends().map_err(self.system("open /dev/null"))?, stdio::AgentEnds::default());
             (Some(console), streams, ends)
         } else {
             let ends = stdio::pipes(streams, spec.owner).map_err(self.system("make the stdio pipes"))?;
@@ -192,9 +200,11 @@ impl Container {
             None => (None, agent_ends),
             Some(console) => {
                 let master = terminal::receive(&console).map_err(self.system("receive the terminal"))?;
-                terminal::give_to(&master, spec.owner).map_err(self.system("give the terminal to the user"))?;
+                terminal::give_to(&master, spec.owner)
+                    .map_err(self.system("give the terminal to the user"))?;
                 if let Some((rows, columns)) = spec.console_size {
-                    terminal::resize(&master, rows, columns).map_err(self.system("set the terminal's size"))?;
+                    terminal::resize(&master, rows, columns)
+                        .map_err(self.system("set the terminal's size"))?;
                 }
                 let master = Arc::new(Descriptor::new(master).map_err(self.system("watch the terminal"))?);
                 let ends = stdio::terminal(streams, &master);

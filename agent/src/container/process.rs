@@ -82,7 +82,13 @@ impl Process {
     pub fn signal(&self, signal: u32) -> io::Result<bool> {
         // SAFETY: integers and a null pointer, which means "as kill(2)". rustix has no call for signals without a name.
         let result = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), signal, std::ptr::null::<()>(), 0)
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal,
+                std::ptr::null::<()>(),
+                0,
+            )
         };
         if result == 0 {
             return Ok(true);

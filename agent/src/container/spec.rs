@@ -50,7 +50,8 @@ impl ContainerSpec {
             return Err(SpecError::Missing("process.args"));
         }
         let terminal = process.terminal().unwrap_or(false);
-        let console_size = process.console_size().map(|size| (saturate(size.height()), saturate(size.width())));
+        let console_size =
+            process.console_size().map(|size| (saturate(size.height()), saturate(size.width())));
         let user = (process.user().uid(), process.user().gid());
 
         let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
@@ -106,7 +107,8 @@ mod tests {
     use super::*;
 
     fn parse(process: &str, linux: &str) -> Result<ContainerSpec, SpecError> {
-        let json = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"/r"}},"process":{process},"linux":{linux}}}"#);
+        let json =
+            format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"/r"}},"process":{process},"linux":{linux}}}"#);
         ContainerSpec::parse(json.as_bytes(), &ContainerId::parse("c1").unwrap())
     }
 
@@ -143,8 +145,7 @@ mod tests {
 
     #[test]
     fn the_terminal_and_its_size_are_read() {
-        let process =
-            r#"{"terminal":true,"consoleSize":{"height":24,"width":99999},"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"}"#;
+        let process = r#"{"terminal":true,"consoleSize":{"height":24,"width":99999},"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"}"#;
         let spec = parse(process, "{}").unwrap();
         assert!(spec.terminal);
         assert_eq!(spec.console_size, Some((24, u16::MAX)));

@@ -62,9 +62,8 @@ pub fn resize(master: impl AsFd, rows: u16, columns: u16) -> io::Result<()> {
 pub fn give_to(master: impl AsFd, (uid, gid): (u32, u32)) -> io::Result<()> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes open flags as its argument and touches no memory of ours.
-    let slave = unsafe {
-        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&master.as_fd()), libc::TIOCGPTPEER, flags)
-    };
+    let slave =
+        unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&master.as_fd()), libc::TIOCGPTPEER, flags) };
     if slave < 0 {
         return Err(io::Error::last_os_error());
     }

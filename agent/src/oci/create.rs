@@ -96,8 +96,8 @@ pub async fn create(creation: Creation<'_>, reaper: &Reaper) -> Result<Created, 
                 // The helper is still the parent of this process, so it has not been reaped, nor its number used again.
                 let end = reaper.register(pid);
                 let pid_type = Pid::from_raw(pid).ok_or(OciError::HelperDied(None))?;
-                let pidfd =
-                    pidfd_open(pid_type, PidfdFlags::empty()).map_err(system("open the container's process"))?;
+                let pidfd = pidfd_open(pid_type, PidfdFlags::empty())
+                    .map_err(system("open the container's process"))?;
                 reports.answer().await?;
                 // The helper exits by itself now.
                 helper.leave();
@@ -125,8 +125,9 @@ impl StartGate {
     /// [`OciError`]: it cannot be executed, or a hook failed. The process ends by itself then.
     pub async fn start(mut self) -> Result<(), OciError> {
         // The state directory's path with the socket's may be longer than a socket address takes.
-        let dir = openat(CWD, &self.state_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(system("open the container's state"))?;
+        let dir =
+            openat(CWD, &self.state_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(system("open the container's state"))?;
         let socket = of_fd(&dir).join(libcontainer::notify_socket::NOTIFY_FILE);
         // The other end reads until end-of-file, and takes any bytes for the start. Neither call blocks: the listener's
         // backlog is empty.

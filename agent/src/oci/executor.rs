@@ -52,7 +52,8 @@ impl Executor for ContainerExecutor {
             .map(|arg| CString::new(arg.as_bytes()))
             .collect::<Result<_, _>>()
             .map_err(|_| ExecutorError::InvalidArg)?;
-        let c_program = CString::new(program.as_os_str().as_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
+        let c_program =
+            CString::new(program.as_os_str().as_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
 
         // Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored over exec.
         // SAFETY: SIG_DFL installs no handler.
@@ -94,7 +95,9 @@ fn find(name: &str, path: &str) -> Result<PathBuf, Report> {
     if name.contains('/') {
         return match look(Path::new(name)) {
             Look::Executable | Look::Unknown => Ok(name.into()),
-            Look::Missing => Err(Report::NotFound(format!("executable {name:?} does not exist in the container"))),
+            Look::Missing => {
+                Err(Report::NotFound(format!("executable {name:?} does not exist in the container")))
+            }
             Look::Unusable(why) => Err(Report::NotExecutable(format!("cannot execute {name:?}: {why}"))),
         };
     }
@@ -112,7 +115,9 @@ fn find(name: &str, path: &str) -> Result<PathBuf, Report> {
     }
     match unusable {
         Some(text) => Err(Report::NotExecutable(text)),
-        None => Err(Report::NotFound(format!("executable {name:?} not found in the container's $PATH ({path})"))),
+        None => {
+            Err(Report::NotFound(format!("executable {name:?} not found in the container's $PATH ({path})")))
+        }
     }
 }
 
@@ -128,7 +133,9 @@ fn look(path: &Path) -> Look {
     match std::fs::metadata(path) {
         Err(err) => match err.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOENT | Errno::ENOTDIR) => Look::Missing,
-            Some(errno @ (Errno::EACCES | Errno::ELOOP | Errno::ENAMETOOLONG)) => Look::Unusable(errno.desc()),
+            Some(errno @ (Errno::EACCES | Errno::ELOOP | Errno::ENAMETOOLONG)) => {
+                Look::Unusable(errno.desc())
+            }
             _ => Look::Unknown,
         },
         Ok(metadata) if metadata.is_dir() => Look::Unusable("it is a directory"),
@@ -152,8 +159,12 @@ mod tests {
         let path = dir.to_str().unwrap();
 
         assert!(matches!(find("no-such", path), Err(Report::NotFound(text)) if text.contains("\"no-such\"")));
-        assert!(matches!(find("/no/such", path), Err(Report::NotFound(text)) if text.contains("\"/no/such\"")));
-        assert!(matches!(find("data", path), Err(Report::NotExecutable(text)) if text.contains("permission denied")));
+        assert!(
+            matches!(find("/no/such", path), Err(Report::NotFound(text)) if text.contains("\"/no/such\""))
+        );
+        assert!(
+            matches!(find("data", path), Err(Report::NotExecutable(text)) if text.contains("permission denied"))
+        );
         assert!(matches!(find("sub", path), Err(Report::NotExecutable(text)) if text.contains("directory")));
         assert!(matches!(find(&format!("{path}/data"), ""), Err(Report::NotExecutable(_))));
         assert_eq!(find("sh", &format!("{path}:/bin")).unwrap(), Path::new("/bin/sh"));

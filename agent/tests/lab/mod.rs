@@ -1,6 +1,8 @@
 //! A machine for the service: a mount namespace with its own `/run` and a cgroup v2 root, a root file system from the
 //! host's static busybox, and Unix sockets where a guest has vsock. Needs root.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::future::Future;
@@ -15,15 +17,16 @@ use kvrun_agent::descriptor::Listener;
 use kvrun_agent::reaper::Reaper;
 use kvrun_agent::service::AgentService;
 use kvrun_agent_api::agent::{
-    ContainerRequest, CreateContainerRequest, ProcessRequest, SignalProcessRequest, Stdio, WaitProcessResponse,
+    ContainerRequest, CreateContainerRequest, ProcessRequest, SignalProcessRequest, Stdio,
+    WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use ttrpc::context::Context;
 use ttrpc::r#async::Client;
+use ttrpc::context::Context;
 
 pub(crate) const ROOTFS: &str = "/run/kvrun/rootfs";
 const RPC: &str = "/run/kvrun/rpc.sock";
@@ -68,7 +71,9 @@ fn prepare() {
         fs::create_dir_all(Path::new(ROOTFS).join(dir)).unwrap();
     }
     fs::copy("/bin/busybox", format!("{ROOTFS}/bin/busybox")).expect("these tests need busybox-static");
-    for name in ["sh", "cat", "head", "sleep", "true", "stty", "id", "grep", "sed", "kill", "trap", "wc", "seq"] {
+    for name in
+        ["sh", "cat", "head", "sleep", "true", "stty", "id", "grep", "sed", "kill", "trap", "wc", "seq"]
+    {
         let _ = std::os::unix::fs::symlink("busybox", format!("{ROOTFS}/bin/{name}"));
     }
 }
@@ -157,7 +162,11 @@ impl Lab {
 
     pub(crate) async fn wait(&self, id: &str) -> Ended {
         let response = self.wait_response(id).await.unwrap();
-        if response.has_exit_code() { Ended::Exit(response.exit_code()) } else { Ended::Signal(response.signal()) }
+        if response.has_exit_code() {
+            Ended::Exit(response.exit_code())
+        } else {
+            Ended::Signal(response.signal())
+        }
     }
 
     pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
