@@ -220,3 +220,65 @@ fn a_session_can_begin_again_and_again() {
     assert_eq!(guest.call(op::INIT, 0, &fields(&[6, 0, 0, 0])).unwrap_err(), libc::EPROTO);
     assert_alive(&mut guest);
 }
+
+/// The same numbers in every run (xorshift64).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+#[test]
+fn nonsense_does_not_end_the_device() {
+    let mut guest = Guest::mounted(false);
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    // Handles 0 and 1.
+    guest.create(ROOT, "a", libc::O_RDWR, 0o100_644).unwrap();
+    guest.call(op::OPENDIR, ROOT, &fields(&[0, 0])).unwrap();
+    let interesting = [0, 1, 2, 3, 16, 4096, 1 << 20, 1 << 31, u32::MAX.into(), 1 << 63, u64::MAX];
+    for _ in 0..20_000 {
+        let mark = guest.driver.mark();
+        let mut args = Vec::new();
+        for _ in 0..numbers.below(8) {
+            args.extend(interesting[numbers.below(interesting.len() as u64) as usize].to_le_bytes());
+        }
+        for _ in 0..numbers.below(3) {
+            args.extend([b'a' + numbers.below(3) as u8, 0]);
+        }
+        let opcode = match numbers.below(60) as u32 {
+            // One would end the session for all that follow, the other fill the host's disk.
+            op::DESTROY | op::FALLOCATE => op::LOOKUP,
+            other => other,
+        };
+        let node = numbers.below(5);
+        let mut message = guest.message(opcode, node, &args);
+        if numbers.below(8) == 0 {
+            message.truncate(numbers.below(message.len() as u64 + 1) as usize);
+        }
+        // Each piece in a buffer of its own, and room in two.
+        let cut = numbers.below(message.len() as u64 + 1) as usize;
+        let (front, back) = message.split_at(cut);
+        let room = [0, 1, 15, 16, 64, 256, 8192][numbers.below(7) as usize];
+        let segments = [
+            guest.driver.readable(front),
+            guest.driver.readable(back),
+            guest.driver.writable(room / 3),
+            guest.driver.writable(room - room / 3),
+        ];
+        let head = guest.driver.add(REQUESTS, &segments);
+        guest.driver.kick_if_wanted(REQUESTS);
+        let (used, written) = guest.driver.wait_used(REQUESTS);
+        assert_eq!(used, head);
+        assert!(written as usize <= room);
+        guest.driver.release(mark);
+    }
+    assert_eq!(guest.driver.interrupt.resets(), [""; 0]);
+    // Whatever the session has become, a new one can begin.
+    guest.init();
+    assert_alive(&mut guest);
+}
