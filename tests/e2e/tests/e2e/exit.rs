@@ -43,7 +43,7 @@ fn command_that_is_not_executable_is_126(t: &Test) -> Result<()> {
 
 fn death_by_fault_is_128_and_the_signal(t: &Test) -> Result<()> {
     // A stack overflow: SIGSEGV, which no PID 1 is spared.
-    t.run(&t.script("f() { f; }; f")?)?.exited(128 + 11);
+    t.run(&t.script("ulimit -s 100; exec /bin/sh -c 'f() { f; }; f'")?)?.exited(128 + 11);
     Ok(())
 }
 
