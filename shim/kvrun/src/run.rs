@@ -92,6 +92,8 @@ fn host(step: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// Runs a container; its exit code.
 pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunError> {
     let id: ContainerId = args.id.parse()?;
+    // Before anything is opened that is to be shared: a mount of another namespace cannot be cloned.
+    let namespace = share::enter_mount_namespace()?;
     let mut bundle = Bundle::load(&args.bundle)?;
     let size = VmSize::for_spec(bundle.spec())?;
     let assets = Assets::open(&global.explicit())?;
@@ -101,7 +103,6 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
     }
 
     let signals = signals::block().map_err(host("block signals"))?;
-    let namespace = share::enter_mount_namespace()?;
     // From here on in the order in which it is undone, last first.
     let dir = ContainerDir::claim(&global.root, &id)?;
     let _cgroup = bundle.cgroups_path().map(|path| HostCgroup::join(path, &dir)).transpose()?;

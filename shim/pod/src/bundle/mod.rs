@@ -110,7 +110,8 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Reads the bundle in a directory.
+    /// Reads the bundle in a directory. If it is to be shared ([`Share::add`](crate::share::Share::add)), after
+    /// [`enter_mount_namespace`](crate::share::enter_mount_namespace): mounts of another namespace cannot be cloned.
     ///
     /// # Errors
     /// [`BundleError`], one line that names the file, the field and what is wrong.
