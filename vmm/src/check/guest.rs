@@ -48,6 +48,9 @@ const PORT_RESULT: u16 = 0x10;
 /// Where an exception that no probe expects says which it is.
 const PORT_EXCEPTION: u16 = 0x11;
 
+/// Where a probe leaves the guest for a moment.
+const PORT_NOTHING: u16 = 0x12;
+
 /// The tiny guest's memory, in MiB: the least `arch` can lay out.
 const MEMORY_MIB: u32 = 2;
 const PML4: u64 = 0x1000;
@@ -327,7 +330,7 @@ fn run_to_end(vcpu: &mut VcpuFd) -> Outcome {
                 Outcome::Failed(format!("KVM gave up: {}", internal_error(0, vcpu)))
             }
             Ok(VcpuExit::Shutdown) => Outcome::Failed("triple fault".into()),
-            Ok(VcpuExit::Intr) => continue,
+            Ok(VcpuExit::IoOut(PORT_NOTHING, _) | VcpuExit::Intr) => continue,
             Ok(other) => Outcome::Failed(format!("unexpected exit {other:?}")),
             Err(error) if error.errno() == libc::EINTR => Outcome::Hung,
             Err(error) if error.errno() == libc::EAGAIN => continue,

@@ -1,5 +1,6 @@
 # The code of the tiny guest. Each probe runs in 64-bit ring 0 from its first instruction, on a virtual machine of its own,
-# and ends with OK or WRONG. Registers are zero at entry but for RSP (a stack) and RDI (4 KiB of zeroes, page-aligned).
+# and ends with OK or WRONG; an OUT to port 0x12 is an exit to the host and nothing else. Registers are zero at entry but
+# for RSP (a stack) and RDI (4 KiB of zeroes, page-aligned).
 #
 # The host copies a probe to another address, so it reaches only its own labels, relative to RIP. Memory is mapped for the
 # kernel at 0 and, a second time, for users at 0x400000; nothing is mapped at 0x200000.
@@ -178,6 +179,7 @@ PROBE xsave
     xor edx, edx
     mov eax, 3                  # x87 and SSE
     xsetbv
+    out 0x12, al                # what is set must outlive an exit to the host
     xgetbv
     cmp eax, 3
     jne 4f

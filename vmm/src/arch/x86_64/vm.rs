@@ -155,6 +155,5 @@ pub const NEEDED_CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
     (Cap::Xsave, "KVM_CAP_XSAVE"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
 ];
