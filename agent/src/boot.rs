@@ -9,7 +9,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use crate::cgroup::{AGENT_LEAF, ROOT as CGROUP_ROOT};
+use crate::cgroup::ROOT as CGROUP_ROOT;
 
 /// What the host name is until somebody gives the machine another.
 const HOST_NAME: &str = "kvrun";
@@ -56,6 +56,7 @@ pub enum BootError {
 pub fn set_up() -> Result<(), BootError> {
     change_root()?;
     file_systems()?;
+    short_grace_periods();
     cgroups(Path::new(CGROUP_ROOT))?;
     loopback_up();
     // Fails without CAP_SYS_ADMIN only.
@@ -115,12 +116,10 @@ fn make(
     })
 }
 
-/// Puts this process into a leaf and hands every controller on to the containers.
+/// Hands every controller on to the containers. The agent stays in the root, which the "no internal process constraint"
+/// exempts (Linux 6.12 Documentation/admin-guide/cgroup-v2.rst).
 fn cgroups(root: &Path) -> Result<(), BootError> {
     let error = |what| move |source| BootError::Cgroup { what, source };
-    let leaf = root.join(AGENT_LEAF);
-    fs::create_dir(&leaf).map_err(error("make the agent's leaf"))?;
-    fs::write(leaf.join("cgroup.procs"), "0").map_err(error("enter the agent's leaf"))?;
     let controllers =
         fs::read_to_string(root.join("cgroup.controllers")).map_err(error("read cgroup.controllers"))?;
     let enable: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
@@ -128,6 +127,14 @@ fn cgroups(root: &Path) -> Result<(), BootError> {
         return Ok(());
     }
     fs::write(root.join("cgroup.subtree_control"), enable.join(" ")).map_err(error("enable the controllers"))
+}
+
+/// Lets waits for an RCU grace period be short: entering a cgroup or leaving a mount or a namespace waits for one, some
+/// 10 ms each, and every container does all of that. The kernel does the same until it starts init (Linux 6.12
+/// kernel/rcu/update.c, `rcu_end_inkernel_boot`). The price is an interrupt to each CPU, for which a small machine that
+/// waits for its next container has the time. A kernel without this switch is slower, not wrong.
+fn short_grace_periods() {
+    let _ = fs::write("/sys/kernel/rcu_expedited", "1");
 }
 
 /// Containers that share the machine's network namespace expect `127.0.0.1`.

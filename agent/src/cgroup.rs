@@ -9,12 +9,10 @@ use rustix::process::{Pid, Signal};
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
-/// The agent's own leaf: a cgroup that hands controllers on may hold no process itself ("no internal process constraint").
-pub const AGENT_LEAF: &str = ".kvrun-agent";
 
 /// Why a `linux.cgroupsPath` is refused.
 #[derive(Debug, thiserror::Error)]
-#[error("linux.cgroupsPath {0:?} must name a cgroup below the root, without '..', outside of {AGENT_LEAF}")]
+#[error("linux.cgroupsPath {0:?} must name a cgroup below the root, without '..'")]
 pub struct CgroupPathError(PathBuf);
 
 /// A container's cgroup.
@@ -43,7 +41,7 @@ impl Cgroup {
                 Component::ParentDir | Component::Prefix(_) => return Err(CgroupPathError(given.to_owned())),
             }
         }
-        if path.as_os_str().is_empty() || path.starts_with(AGENT_LEAF) {
+        if path.as_os_str().is_empty() {
             return Err(CgroupPathError(given.to_owned()));
         }
         Ok(Self { path })
@@ -160,7 +158,7 @@ mod tests {
         ] {
             assert_eq!(path(given).as_deref(), Some(expected));
         }
-        for bad in ["/", ".", "a/../b", "..", "/.kvrun-agent", ".kvrun-agent/x"] {
+        for bad in ["/", ".", "a/../b", ".."] {
             assert_eq!(path(Some(bad)), None, "{bad}");
         }
     }

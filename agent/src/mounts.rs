@@ -213,6 +213,7 @@ mod tests {
 
     #[test]
     fn mounts_come_and_go_and_each_mistake_has_its_error() {
+        let _guard = crate::path::tests::FORK_OR_UNMOUNT.lock().unwrap();
         crate::path::tests::private_run();
         let mounts = Mounts::default();
         let mount = |point: &str| Mount {

@@ -136,6 +136,10 @@ pub(crate) mod tests {
 
     use super::*;
 
+    /// For tests that unmount and tests that fork: between fork and exec a child holds every descriptor of this process,
+    /// and a file system is busy with one of its own among them.
+    pub(crate) static FORK_OR_UNMOUNT: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     /// Gives this thread a `/run` of its own. Needs root.
     pub(crate) fn private_run() {
         const NOTHING: Option<&str> = None;

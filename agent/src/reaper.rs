@@ -102,6 +102,7 @@ mod tests {
     #[test]
     #[allow(clippy::zombie_processes, reason = "the reaper waits")]
     fn every_end_reaches_its_waiter_and_nobody_is_left() {
+        let _guard = crate::path::tests::FORK_OR_UNMOUNT.lock().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let reaper = Reaper::start().unwrap();

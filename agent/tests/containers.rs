@@ -1,5 +1,7 @@
 //! The service with real containers: libcontainer, busybox, pipes and ptys; Unix sockets in the place of vsock.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+
 mod lab;
 
 use std::fs;

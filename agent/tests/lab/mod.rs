@@ -21,6 +21,7 @@ use kvrun_agent_api::agent::{
     WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::AgentClient;
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
@@ -63,7 +64,9 @@ fn prepare() {
     unshare(CloneFlags::CLONE_NEWNS).expect("these tests need root");
     mount(NOTHING, "/", NOTHING, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NOTHING).unwrap();
     mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), NOTHING).unwrap();
-    mount(Some("cgroup"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), NOTHING).unwrap();
+    // Where the host has it already (EBUSY), it stays.
+    let cgroup = mount(Some("cgroup"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), NOTHING);
+    assert!(matches!(cgroup, Ok(()) | Err(Errno::EBUSY)), "{cgroup:?}");
     fs::create_dir_all("/sys/fs/cgroup/kvrun").unwrap();
     // SAFETY: takes integers. Orphans of containers come to this process, as they come to PID 1.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) }, 0);
