@@ -128,7 +128,9 @@ impl Container {
     /// # Errors
     /// [`PodError`]; [`AgentError::Refused`] in it with `NOT_FOUND` or `PERMISSION_DENIED` when the program is missing or not executable.
     pub async fn start(&self) -> Result<(), PodError> {
-        self.pod.or_death(self.pod.agent.start(&self.id)).await
+        self.pod.or_death(self.pod.agent.start(&self.id)).await?;
+        tracing::debug!(id = %self.id, "started");
+        Ok(())
     }
 
     /// Waits until its process has ended; some of its output may still be on the way ([`Container::drain`]). Cancel-safe.
@@ -153,6 +155,7 @@ impl Container {
     pub async fn drain(&mut self) {
         if let Some(copying) = self.copying.take() {
             copying.drain().await;
+            tracing::debug!(id = %self.id, "drained");
         }
     }
 

@@ -179,6 +179,7 @@ impl Starting {
         let pod = Pod { vmm, agent };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
+        tracing::debug!("the guest has the share");
         Ok(pod)
     }
 }
@@ -223,6 +224,7 @@ impl Pod {
         // What the agent says comes first: it drops the streams of a container it refuses.
         created?;
         let copying = connected?;
+        tracing::debug!(%id, "created");
         Ok(Container::new(self.clone(), id.clone(), copying))
     }
 
@@ -231,6 +233,7 @@ impl Pod {
         if let Err(error) = self.agent.shutdown().await {
             tracing::debug!(%error, "the guest did not shut down");
         }
+        tracing::debug!("the guest is down");
         self.vmm.stop().await
     }
 
