@@ -180,7 +180,7 @@ fn process_must_say_what_to_run() {
 fn process_limits_and_labels_must_be_possible() {
     let limit = |soft: u64| json!({"type": "RLIMIT_NOFILE", "soft": soft, "hard": 10});
     refused(&["process.rlimits[0]", "RLIMIT_NOFILE", "soft limit 20"], |c| {
-        c["process"]["rlimits"] = json!([limit(20)])
+        c["process"]["rlimits"] = json!([limit(20)]);
     });
     refused(&["process.rlimits[1]", "twice"], |c| c["process"]["rlimits"] = json!([limit(1), limit(2)]));
     refused(&["process.rlimits[0].type", "RLIMIT_FUN"], |c| {
@@ -241,13 +241,13 @@ fn sockets_and_fifos_are_no_bind_sources() {
 fn namespaces_of_the_host_cannot_be_joined() {
     refused(&["linux is missing"], without("linux"));
     refused(&["linux.namespaces[2].type", "flavour"], |c| {
-        push(&mut c["linux"]["namespaces"], json!({"type": "flavour"}))
+        push(&mut c["linux"]["namespaces"], json!({"type": "flavour"}));
     });
     refused(&["linux.namespaces[2].path", "/proc/1/ns/net", "network"], |c| {
         push(&mut c["linux"]["namespaces"], json!({"type": "network", "path": "/proc/1/ns/net"}));
     });
     refused(&["linux.namespaces[2].type", "pid", "twice"], |c| {
-        push(&mut c["linux"]["namespaces"], json!({"type": "pid"}))
+        push(&mut c["linux"]["namespaces"], json!({"type": "pid"}));
     });
     refused(&["linux.namespaces", "mount"], |c| c["linux"]["namespaces"] = json!([{"type": "pid"}]));
 }
@@ -304,7 +304,7 @@ fn other_platforms_and_hooks_are_refused_by_name() {
     }
     for hook in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"] {
         refused(&[&format!("hooks.{hook}"), "/usr/bin/hook"], |c| {
-            c["hooks"] = json!({hook: [{"path": "/usr/bin/hook"}]})
+            c["hooks"] = json!({hook: [{"path": "/usr/bin/hook"}]});
         });
     }
     Bundle::load(with(|c| c["hooks"] = json!({"poststop": []})).path()).unwrap();

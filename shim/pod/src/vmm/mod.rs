@@ -428,7 +428,7 @@ impl Control {
                     let _ = sender.send(stream);
                 }
                 FromVmm::Event(Event::Exited { reason, console_tail }) => {
-                    exited = Some((reason, console_tail))
+                    exited = Some((reason, console_tail));
                 }
             }
         }
