@@ -7,7 +7,9 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use kvrun_vmm_api::{Channel, ChannelError, Event, ExitReason, FromVmm, Received, Reply, Request, RequestError, ToVmm};
+use kvrun_vmm_api::{
+    Channel, ChannelError, Event, ExitReason, FromVmm, Received, Reply, Request, RequestError, ToVmm,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -86,10 +88,8 @@ enum Wake {
 
 /// Waits for the machine to end or a request to arrive. The end comes first.
 fn wait(channel: &Channel, machine: &Machine) -> Result<Wake, Errno> {
-    let mut fds = [
-        PollFd::from_borrowed_fd(machine.exit_event(), PollFlags::IN),
-        PollFd::new(channel, PollFlags::IN),
-    ];
+    let mut fds =
+        [PollFd::from_borrowed_fd(machine.exit_event(), PollFlags::IN), PollFd::new(channel, PollFlags::IN)];
     while let Err(e) = poll(&mut fds, None) {
         if e != Errno::INTR {
             return Err(e);

@@ -6,9 +6,9 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
-use std::sync::{Arc, mpsc::SyncSender};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -144,7 +144,8 @@ impl EventLoop {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         let (sender, commands) = channel();
-        let handle = LoopHandle { commands: sender, wake: wake.clone(), next_id: Arc::new(AtomicU32::new(1)) };
+        let handle =
+            LoopHandle { commands: sender, wake: wake.clone(), next_id: Arc::new(AtomicU32::new(1)) };
         Ok((Self { epoll, wake, commands, subscribers: HashMap::new() }, handle))
     }
 

@@ -8,8 +8,8 @@ use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use kvrun_vmm_api::config::{
-    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB, RNG_SLOT,
-    VSOCK_SLOT,
+    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS, MAX_VCPUS,
+    MIN_MEMORY_MIB, RNG_SLOT, VSOCK_SLOT,
 };
 use kvrun_vmm_api::control::CONSOLE_TAIL;
 use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmState};
@@ -18,12 +18,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{self, ArchError, BootSource};
 use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
-use crate::devices::virtio::VirtioDevice;
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
@@ -97,12 +97,15 @@ impl From<MachineError> for RequestError {
     fn from(e: MachineError) -> Self {
         let message = whole_chain(&e);
         match e {
-            MachineError::Range { .. } | MachineError::Descriptors { .. } | MachineError::Blk(_) | MachineError::Fs(_) => {
-                Self::Invalid(message)
-            }
+            MachineError::Range { .. }
+            | MachineError::Descriptors { .. }
+            | MachineError::Blk(_)
+            | MachineError::Fs(_) => Self::Invalid(message),
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
             MachineError::BootedAlready => Self::Precondition(message),
-            MachineError::Slot { source: SlotError::Taken | SlotError::Empty, .. } => Self::Precondition(message),
+            MachineError::Slot { source: SlotError::Taken | SlotError::Empty, .. } => {
+                Self::Precondition(message)
+            }
             _ => Self::Host(message),
         }
     }
@@ -164,8 +167,9 @@ impl Machine {
             buses.mmio.insert(slot_address(index), SLOT_SIZE, slot.clone())?;
             slots.push(slot);
         }
-        let (vsock, vsock_handle) = Vsock::new(event_loop.handle.clone(), GUEST_CID, config.vsock_listen.clone(), accepted)
-            .map_err(host("make the vsock device"))?;
+        let (vsock, vsock_handle) =
+            Vsock::new(event_loop.handle.clone(), GUEST_CID, config.vsock_listen.clone(), accepted)
+                .map_err(host("make the vsock device"))?;
 
         let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
         let machine = Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop };

@@ -43,7 +43,9 @@ fn serve() -> anyhow::Result<()> {
             // handed to this process alone; nothing else here uses its number.
             unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }
         })
-        .with_context(|| format!("no control socket at descriptor {CONTROL_FD}; kvrun-vmm is started by kvrun"))?;
+        .with_context(|| {
+            format!("no control socket at descriptor {CONTROL_FD}; kvrun-vmm is started by kvrun")
+        })?;
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).context("control socket")?;
 
     // The file server creates files with exactly the modes the guest asks for, and holds one descriptor per open file.

@@ -70,7 +70,8 @@ async fn boot(stage: &Stage) -> Result<Boot> {
     let ready = now_ns();
 
     let state = vmm.state().await?;
-    let init = state.boot_marks.iter().find(|(mark, _)| *mark == BOOT_MARK_INIT).context("no boot mark of init")?.1;
+    let init =
+        state.boot_marks.iter().find(|(mark, _)| *mark == BOOT_MARK_INIT).context("no boot mark of init")?.1;
     Ok(Boot {
         spawned,
         first_entry: state.first_entry_ns,

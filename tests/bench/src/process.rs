@@ -12,10 +12,15 @@ pub(crate) fn private_kib(pid: u32, guest_ram_mib: u32) -> Result<f64> {
     let (mut total, mut size) = (0, 0);
     for line in smaps.lines() {
         let Some((name, value)) = line.split_once(':') else { continue };
-        let kib = || value.trim().trim_end_matches(" kB").parse::<u64>().with_context(|| format!("{path}: {line}"));
+        let kib =
+            || value.trim().trim_end_matches(" kB").parse::<u64>().with_context(|| format!("{path}: {line}"));
         match name {
             "Size" => size = kib()?,
-            "Private_Clean" | "Private_Dirty" | "Private_Hugetlb" if size < u64::from(guest_ram_mib) << 10 => total += kib()?,
+            "Private_Clean" | "Private_Dirty" | "Private_Hugetlb"
+                if size < u64::from(guest_ram_mib) << 10 =>
+            {
+                total += kib()?
+            }
             _ => {}
         }
     }

@@ -25,8 +25,11 @@ impl Report {
         let (Some(least), Some(greatest)) = (samples.first(), samples.last()) else { return };
         self.spread.insert(key.to_owned(), (*least, *greatest));
         let middle = samples.len() / 2;
-        let median =
-            if samples.len() % 2 == 1 { samples[middle] } else { (samples[middle - 1] + samples[middle]) / 2.0 };
+        let median = if samples.len() % 2 == 1 {
+            samples[middle]
+        } else {
+            (samples[middle - 1] + samples[middle]) / 2.0
+        };
         self.number(key, median);
     }
 
@@ -40,8 +43,10 @@ impl Report {
     pub(crate) fn print(&self) {
         println!("{:<32} {:>14}   least .. greatest", "", "median");
         for (key, value) in &self.values {
-            let spread =
-                self.spread.get(key).map_or(String::new(), |(least, greatest)| format!("   {least:.2} .. {greatest:.2}"));
+            let spread = self
+                .spread
+                .get(key)
+                .map_or(String::new(), |(least, greatest)| format!("   {least:.2} .. {greatest:.2}"));
             let value = if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value:.2}") };
             println!("{key:<32} {value:>14}{spread}");
         }

@@ -34,7 +34,8 @@ fn run(runtime: &OsStr, bundle: &Path) -> Result<f64> {
 /// Runs a container that says when it is up and then waits for its standard input to end.
 fn at_rest(stage: &Stage, bundle: &Path, report: &mut Report) -> Result<()> {
     let config_path = bundle.join("config.json");
-    let original = fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
+    let original =
+        fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
     let mut config: serde_json::Value = serde_json::from_slice(&original)?;
     config["process"]["args"] = json!(["/bin/sh", "-c", "echo up; read end"]);
     fs::write(&config_path, serde_json::to_vec(&config)?)?;

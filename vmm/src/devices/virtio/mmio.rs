@@ -305,7 +305,9 @@ impl Transport {
         if !self.has(VIRTIO_CONFIG_S_FEATURES_OK) || self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
             return;
         }
-        let Some(QueueRegisters { config, .. }) = self.queues.get_mut(self.queue_select as usize) else { return };
+        let Some(QueueRegisters { config, .. }) = self.queues.get_mut(self.queue_select as usize) else {
+            return;
+        };
         if offset == reg::QUEUE_READY {
             config.ready = value & 1 == 1;
             return;

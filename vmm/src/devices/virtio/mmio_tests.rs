@@ -137,7 +137,10 @@ fn taken_slot_is_not_filled_again() {
     let bench = Bench::new();
     let (calls, _) = channel();
     let (interrupt, _) = channel();
-    assert_eq!(bench.slot.fill(Box::new(Probe { calls, refuse: false, interrupt })).unwrap_err(), SlotError::Taken);
+    assert_eq!(
+        bench.slot.fill(Box::new(Probe { calls, refuse: false, interrupt })).unwrap_err(),
+        SlotError::Taken
+    );
 }
 
 #[test]
@@ -147,7 +150,10 @@ fn driver_walks_the_device_up_and_resets_it() {
     bench.start();
     assert_eq!(bench.read(reg::STATUS), 0xf);
     let features = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
-    assert_eq!(bench.calls.try_recv().unwrap(), Call::Activated { features, queues: vec![Some(128), Some(64)] });
+    assert_eq!(
+        bench.calls.try_recv().unwrap(),
+        Call::Activated { features, queues: vec![Some(128), Some(64)] }
+    );
     bench.write(reg::STATUS, 0);
     assert_eq!(bench.calls.try_recv().unwrap(), Call::Reset);
     assert_eq!((bench.read(reg::STATUS), bench.read(reg::QUEUE_READY)), (0, 0));
@@ -180,7 +186,9 @@ fn features_are_frozen_once_accepted() {
     bench.write(reg::DRIVER_FEATURES, 1 << 5);
     bench.set_up_queue(0, 128, 0x1_0000);
     bench.write(reg::STATUS, 0xf);
-    let Call::Activated { features, queues } = bench.calls.try_recv().unwrap() else { panic!("not activated") };
+    let Call::Activated { features, queues } = bench.calls.try_recv().unwrap() else {
+        panic!("not activated")
+    };
     assert_eq!((features, queues), (1 << VIRTIO_F_VERSION_1, vec![Some(128), None]));
 }
 
@@ -207,9 +215,14 @@ fn queues_are_frozen_once_the_driver_runs() {
 #[test]
 fn queues_that_cannot_be_break_the_device_and_not_the_machine() {
     // Address outside memory, unaligned address, size 0, size not a power of two, size beyond the maximum, beyond 16 bits.
-    for (size, base) in
-        [(128, 0xffff_ffff_0000), (128, 0x1_0001), (0, 0x1_0000), (3, 0x1_0000), (512, 0x1_0000), (0x1_0080, 0x1_0000)]
-    {
+    for (size, base) in [
+        (128, 0xffff_ffff_0000),
+        (128, 0x1_0001),
+        (0, 0x1_0000),
+        (3, 0x1_0000),
+        (512, 0x1_0000),
+        (0x1_0080, 0x1_0000),
+    ] {
         let bench = Bench::new();
         bench.accept(1 << VIRTIO_F_VERSION_1);
         bench.set_up_queue(0, size, base);

@@ -132,9 +132,7 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError::Used`].
     pub fn needs_interrupt(&mut self, mem: &GuestRam) -> Result<bool, QueueError> {
-        self.queue
-            .needs_notification(&**mem)
-            .map_err(|source| QueueError::Used { queue: self.index, source })
+        self.queue.needs_notification(&**mem).map_err(|source| QueueError::Used { queue: self.index, source })
     }
 
     /// Asks the driver not to kick while the device works (virtio 1.3 s2.7.10).
