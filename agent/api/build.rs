@@ -20,8 +20,11 @@ fn main() {
     for name in ["agent.rs", "agent_ttrpc.rs"] {
         let path = out_dir.join(name);
         let text = fs::read_to_string(&path).expect("the generator wrote the file");
-        let outer: String =
-            text.lines().filter(|l| !l.starts_with("#![") && !l.starts_with("//!")).flat_map(|l| [l, "\n"]).collect();
+        let outer: String = text
+            .lines()
+            .filter(|l| !l.starts_with("#![") && !l.starts_with("//!"))
+            .flat_map(|l| [l, "\n"])
+            .collect();
         fs::write(&path, outer).expect("OUT_DIR is writable");
     }
 }

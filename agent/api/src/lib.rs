@@ -2,13 +2,31 @@
 //! and limits. `proto/agent.proto` is the text to read.
 
 /// Messages.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, nonstandard_style, unused, unused_qualifications, unreachable_pub)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    nonstandard_style,
+    unused,
+    unused_qualifications,
+    unreachable_pub
+)]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
 /// Client and server of the service `kvrun.agent.v1.Agent`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, nonstandard_style, unused, unused_qualifications, unreachable_pub)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    nonstandard_style,
+    unused,
+    unused_qualifications,
+    unreachable_pub
+)]
 pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
