@@ -38,7 +38,7 @@ pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k i8042.no
 /// The version of the KVM API; it will not change (Linux Documentation/virt/kvm/api.rst, 4.1).
 const KVM_API_VERSION: i32 = 12;
 /// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for five block devices or links.
-const SLOTS: u8 = 8;
+pub const SLOTS: u8 = 8;
 /// The slot of the share.
 const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
 /// How long a guest may take from its first instruction to an agent that answers. 0.1 s on hardware; an emulated machine

@@ -167,6 +167,7 @@ impl Share {
         if bundle.is_root_read_only() {
             mount_points::make(tree.as_fd(), bundle)?;
         }
+        mount_points::make_working_directory(tree.as_fd(), bundle)?;
         restrict(&tree, bundle.is_root_read_only(), false, false).map_err(attach_root)?;
         self.attach(&tree, &rootfs).map_err(attach_root)?;
         if let Some(root) = spec.root_mut() {

@@ -1,7 +1,7 @@
-//! Mount points in a root file system that is about to become read-only.
+//! What a runtime makes in a root file system before the container starts: a missing working directory, and missing mount points.
 //!
-//! A runtime makes missing mount points (and the working directory) before it makes a root read-only. Here the root is read-only for the guest from
-//! the start, so they are made on the host. The root file system is a stranger's: every path is resolved within it
+//! The agent makes mount points, except in a root that is read-only: that one is read-only for the guest from the start, so they are
+//! made on the host. The root file system is a stranger's: every path is resolved within it
 //! (`openat2` with `RESOLVE_IN_ROOT`), symbolic links included.
 
 use std::ffi::OsStr;
@@ -13,9 +13,9 @@ use rustix::io::Errno;
 
 use crate::bundle::Bundle;
 
-/// A mount point could not be made.
+/// A mount point or the working directory could not be made.
 #[derive(Debug, thiserror::Error)]
-#[error("make the mount point {} in the root file system before it becomes read-only", path.display())]
+#[error("make {} in the root file system", path.display())]
 pub struct MountPointError {
     /// In the container.
     path: PathBuf,
@@ -24,7 +24,7 @@ pub struct MountPointError {
     source: Errno,
 }
 
-/// Makes what is missing for the mounts and the working directory of a bundle in `root`.
+/// Makes the mount points of a bundle that are missing in `root`.
 pub(super) fn make(root: BorrowedFd<'_>, bundle: &Bundle) -> Result<(), MountPointError> {
     let mounts = bundle.spec().mounts().as_deref().unwrap_or_default();
     for (index, mount) in mounts.iter().enumerate() {
@@ -36,13 +36,18 @@ pub(super) fn make(root: BorrowedFd<'_>, bundle: &Bundle) -> Result<(), MountPoi
             made.map_err(|source| MountPointError { path: mount.destination().clone(), source })?;
         }
     }
-    if let Some(process) = bundle.spec().process()
-        && !mounts.iter().any(|mount| is_below(process.cwd(), mount.destination()))
-    {
-        let made = make_one(root, process.cwd(), false);
-        made.map_err(|source| MountPointError { path: process.cwd().clone(), source })?;
-    }
     Ok(())
+}
+
+/// Makes the working directory of a bundle if it is missing in `root`, as runc does, unless it is in another mount.
+pub(super) fn make_working_directory(root: BorrowedFd<'_>, bundle: &Bundle) -> Result<(), MountPointError> {
+    let mounts = bundle.spec().mounts().as_deref().unwrap_or_default();
+    let Some(process) = bundle.spec().process() else { return Ok(()) };
+    let cwd = process.cwd();
+    if mounts.iter().any(|mount| cwd.starts_with(mount.destination())) {
+        return Ok(());
+    }
+    make_one(root, cwd, false).map_err(|source| MountPointError { path: cwd.clone(), source })
 }
 
 /// Whether `path` is in a file system mounted at `mount_point`.

@@ -69,6 +69,8 @@ fn guest_sees_the_root_and_the_spec_says_where() {
         assert_eq!(source, Path::new("/run/kvrun/share/c1/mounts/0"));
 
         assert_eq!(fs::read_to_string(f.path("share/c1/rootfs/etc/motd")).unwrap(), "hello");
+        // The working directory is made if it is missing; mount points are left to the agent.
+        assert!(f.path("bundle/rootfs/work/here").is_dir() && !f.path("bundle/rootfs/mnt").exists());
         fs::write(f.path("share/c1/rootfs/new"), "from the guest").unwrap();
         assert_eq!(fs::read_to_string(f.path("bundle/rootfs/new")).unwrap(), "from the guest");
         fs::write(f.path("share/c1/mounts/0/new"), "too").unwrap();
