@@ -110,14 +110,14 @@ pub(crate) fn main() -> Result<u8> {
             let image = build_image()?;
             // Before the first thread starts: QEMU's readers inherit it.
             let signals = Signals::handle(client::block_signals()?);
-            run(&image, &shape, &what.into(), signals)
+            run(&image, &shape, &what.into(), &signals)
         }
         Action::Up { name, commands, shape } => {
             supervisor::start(&name, commands, &build_image()?, &shape).map(|()| 0)
         }
         Action::Exec { name, what } => {
             let signals = Signals::handle(client::block_signals()?);
-            client::run(supervisor::connect(&name)?, &what.into(), signals)
+            client::run(supervisor::connect(&name)?, &what.into(), &signals)
         }
         Action::Down { name } => supervisor::stop(&name).map(|()| 0),
         Action::Supervise { name, commands, image, shape } => {
@@ -127,7 +127,7 @@ pub(crate) fn main() -> Result<u8> {
     }
 }
 
-fn run(image: &Path, shape: &Shape, request: &Request, signals: Signals) -> Result<u8> {
+fn run(image: &Path, shape: &Shape, request: &Request, signals: &Signals) -> Result<u8> {
     let mut machine = Machine::boot(image, shape, 1, None)?;
     let port = machine.ports[0].try_clone().context("duplicate the port")?;
     match client::run(port, request, signals) {

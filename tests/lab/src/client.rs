@@ -30,7 +30,7 @@ pub(crate) fn block_signals() -> Result<SigSet> {
 ///
 /// Standard input is forwarded by a thread that may outlive the call: it may be waiting for a terminal. The caller is
 /// expected to exit soon.
-pub(crate) fn run(mut stream: UnixStream, request: &Request, signals: Signals) -> Result<u8> {
+pub(crate) fn run(mut stream: UnixStream, request: &Request, signals: &Signals) -> Result<u8> {
     let to_lab = Arc::new(Mutex::new(stream.try_clone().context("duplicate the stream")?));
     let send = |kind, payload: &[u8]| send(&to_lab, kind, payload);
     send(Kind::Run, &request.encode()).context("send the command")?;

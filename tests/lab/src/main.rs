@@ -19,6 +19,7 @@ mod initramfs;
 mod machine;
 mod supervisor;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -28,7 +29,8 @@ fn main() -> ExitCode {
     match cli::main() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("lab: {error:#}");
+            // A supervisor outlives whoever read its errors.
+            let _ = writeln!(std::io::stderr(), "lab: {error:#}");
             ExitCode::from(cli::LAB_FAILED)
         }
     }

@@ -1,7 +1,8 @@
 //! A lab that stays up: a process that owns QEMU and gives each caller of `lab exec` a free port.
 //!
 //! What is known about a lab is in a directory of its own, `run/NAME` in the lab's cache: `lock`, held for as long as the
-//! supervisor lives (so what a killed one left behind is recognised); `socket`, where callers connect; `console.log`.
+//! supervisor lives (so what a killed one left behind is recognised); `socket`, where callers connect; `console.log`;
+//! `failure.log` once the lab has died by itself.
 
 use crate::cli::LAB_FAILED;
 use crate::client;
@@ -25,6 +26,8 @@ use std::thread;
 
 /// What the supervisor prints when its lab takes commands.
 const READY: &str = "ready";
+/// Where a supervisor leaves the last words of a lab that died, for the next caller of `lab exec`.
+const FAILURE: &str = "failure.log";
 
 /// Name of a lab: letters, digits, `-` and `_`.
 #[derive(Clone, Debug)]
@@ -95,9 +98,15 @@ pub(crate) fn start(name: &Name, commands: u8, image: &Path, shape: &Shape) -> R
 
 /// Connects to a lab that is up.
 pub(crate) fn connect(name: &Name) -> Result<UnixStream> {
-    let socket = name.directory()?.join("socket");
-    UnixStream::connect(&socket)
-        .with_context(|| format!("no lab {} is up: tests/lab/lab up starts one", name.0))
+    let directory = name.directory()?;
+    UnixStream::connect(directory.join("socket")).or_else(|error| {
+        match fs::read_to_string(directory.join(FAILURE)) {
+            Ok(report) => bail!("lab {} died\n{report}", name.0),
+            Err(_) => {
+                Err(error).with_context(|| format!("no lab {} is up: tests/lab/lab up starts one", name.0))
+            }
+        }
+    })
 }
 
 /// Powers a lab off and waits until it is gone; no lab is fine too.
@@ -128,11 +137,13 @@ pub(crate) fn main(name: &Name, commands: u8, image: &Path, shape: &Shape) -> Re
     }
     // What a killed supervisor left.
     let socket = directory.join("socket");
-    match fs::remove_file(&socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).context("remove an old socket");
+    for file in [&socket, &directory.join(FAILURE)] {
+        match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", file.display()));
+            }
+            _ => {}
         }
-        _ => {}
     }
     let log = File::create(directory.join("console.log")).context("make the console log")?;
     let mut machine = Machine::boot(image, shape, commands.into(), Some(log))?;
@@ -159,7 +170,7 @@ pub(crate) fn main(name: &Name, commands: u8, image: &Path, shape: &Shape) -> Re
         End::LabDied => {
             let report = machine.last_words();
             // Nobody reads our standard error any more.
-            fs::write(directory.join("failure.log"), &report).context("write the failure log")?;
+            fs::write(directory.join(FAILURE), &report).context("write the failure log")?;
             bail!("the lab died\n{report}");
         }
     }

@@ -83,7 +83,7 @@ impl Port {
                 match (frame.kind, &mut running) {
                     (Kind::Run, None) => running = self.start(&frame.payload),
                     (Kind::PowerOff, _) => power_off()?,
-                    (_, Some(command)) => command.handle(frame),
+                    (_, Some(command)) => command.handle(&frame),
                     // The rest of a command that is over.
                     (_, None) => {}
                 }
@@ -211,7 +211,7 @@ impl Running {
         Ok(Self { child, group, over, stdin, pending: Vec::new(), stdin_ended: false, streams })
     }
 
-    fn handle(&mut self, frame: Frame) {
+    fn handle(&mut self, frame: &Frame) {
         match frame.kind {
             Kind::Stdin => self.pending.extend_from_slice(&frame.payload),
             Kind::StdinEnd => self.stdin_ended = true,
@@ -255,15 +255,24 @@ impl Running {
         }
     }
 
-    /// Takes what the command has written; all of it when it is over (background children may hold the pipes open, so
-    /// that is what the pipes hold now, not what may come).
+    /// Takes what the command has written; all of it when it is over.
     fn collect(&mut self, output: &mut Vec<u8>, over: bool) -> Result<()> {
         for (stream, kind) in self.streams.iter_mut().zip(STREAMS) {
             let mut chunk = [0; frame::CHUNK];
-            while let Some(fd) = stream.as_ref().filter(|_| over || output.len() < OUTPUT_BACKLOG) {
+            // When the command is over, what it wrote is in the pipe now; a background child may go on for ever.
+            let mut rest = match stream {
+                Some(fd) if over => rustix::io::ioctl_fionread(fd).context("look into a pipe")?,
+                _ => u64::MAX,
+            };
+            while let Some(fd) =
+                stream.as_ref().filter(|_| rest > 0 && (over || output.len() < OUTPUT_BACKLOG))
+            {
                 match rustix::io::read(fd, &mut chunk) {
                     Ok(0) => *stream = None,
-                    Ok(count) => frame::put(output, kind, &chunk[..count]),
+                    Ok(count) => {
+                        frame::put(output, kind, &chunk[..count]);
+                        rest = rest.saturating_sub(count as u64);
+                    }
                     Err(Errno::AGAIN) => break,
                     Err(Errno::INTR) => {}
                     Err(error) => return Err(error).context("read the command's output"),
