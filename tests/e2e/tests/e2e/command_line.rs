@@ -77,7 +77,7 @@ fn invalid_container_id_is_named(t: &Test) -> Result<()> {
 fn container_id_in_use_is_named_and_its_owner_undisturbed(t: &Test) -> Result<()> {
     let run = t.start(&t.script("echo ready; cat; echo undisturbed")?)?;
     run.until("ready\n")?;
-    t.run(&t.bundle(&["/bin/true"])?)?.failed().stdout("").error(&[t.id(), "exists already"]);
+    t.run(&t.bundle(&["/bin/true"])?)?.failed().stdout("").error(&[t.id(), "in use"]);
     run.without_input().wait()?.exited(0).stdout("ready\nundisturbed\n").stderr("");
     Ok(())
 }
@@ -109,7 +109,7 @@ fn host_whose_kvm_is_no_kvm_is_told(t: &Test) -> Result<()> {
     let check = t.invoke(&["check"]);
     let run = t.run(&bundle);
     unmount("/dev/kvm", UnmountFlags::empty()).context("cannot uncover /dev/kvm")?;
-    let check = check?.failed().stderr("");
+    let check = check?.failed().error(&["kvrun check"]);
     ensure!(check.text().lines().any(|line| line.starts_with("FAIL")), "no finding failed: {check}");
     run?.failed().stdout("").error(&["kvm"]);
     Ok(())
