@@ -19,7 +19,7 @@ pub(crate) fn private_kib(pid: u32, guest_ram_mib: u32) -> Result<f64> {
             "Private_Clean" | "Private_Dirty" | "Private_Hugetlb"
                 if size < u64::from(guest_ram_mib) << 10 =>
             {
-                total += kib()?
+                total += kib()?;
             }
             _ => {}
         }
