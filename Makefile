@@ -17,7 +17,7 @@ setup:
 
 build: setup
 	guest-kernel/build >/dev/null
-	cargo build --release --locked
+	cargo build --release --locked -p kvrun -p kvrun-vmm -p kvrun-agent
 	$(MAKE) --no-print-directory install PREFIX=$(STAGE)
 
 # The layout `kvrun` expects around itself. Files are replaced, not written over, so running machines keep theirs.
@@ -35,6 +35,7 @@ test: build
 	tests/all
 
 bench: build
+	cargo build --release --locked -p kvrun-bench
 	tests/bench/bench
 
 clean:
