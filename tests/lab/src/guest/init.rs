@@ -1,6 +1,6 @@
 //! PID 1 of the lab: modules, mounts, device nodes, cgroups; then the server, and orphans.
 
-use super::server;
+use super::{server, static_keys};
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -53,6 +53,10 @@ fn run() -> Result<Infallible> {
     // A module asked for by the kernel comes from the root image.
     write("/proc/sys/net/ipv4/ip_forward", "1")?;
     write("/proc/sys/fs/inotify/max_user_instances", "1024")?;
+
+    // Deterministic time has one CPU, so no such race, and nothing that runs beside a benchmark.
+    let cpus = std::thread::available_parallelism().context("count CPUs")?;
+    let _held = (cpus.get() > 1).then(static_keys::hold).transpose().context("hold KVM's static keys")?;
 
     let mut ports = 0;
     for line in config.lines() {
