@@ -213,7 +213,6 @@ impl EventLoop {
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    use std::sync::mpsc;
     use std::thread;
 
     use super::*;
@@ -221,7 +220,7 @@ mod tests {
     /// Passes on every byte that arrives.
     struct Listener {
         stream: UnixStream,
-        bytes: mpsc::Sender<u8>,
+        bytes: Sender<u8>,
     }
 
     impl Subscriber for Listener {
@@ -254,7 +253,7 @@ mod tests {
     fn events_reach_the_subscriber_until_it_is_taken_back() {
         let (handle, thread) = running_loop();
         let (mut near, far) = UnixStream::pair().unwrap();
-        let (sender, bytes) = mpsc::channel();
+        let (sender, bytes) = channel();
         // A duplicate keeps the kernel's watch alive beyond the listener's own close.
         let duplicate = far.try_clone().unwrap();
         let id = handle.add(Box::new(Listener { stream: far, bytes: sender })).unwrap();
@@ -275,7 +274,7 @@ mod tests {
         let (handle, thread) = running_loop();
         let (stream, _far) = UnixStream::pair().unwrap();
         let same = stream.try_clone().unwrap();
-        let (sender, _bytes) = mpsc::channel();
+        let (sender, _bytes) = channel();
         struct Twice(Listener);
         impl Subscriber for Twice {
             fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
@@ -297,7 +296,7 @@ mod tests {
         handle.quit();
         thread.join().unwrap().unwrap();
         let (stream, _far) = UnixStream::pair().unwrap();
-        let (sender, _bytes) = mpsc::channel();
+        let (sender, _bytes) = channel();
         assert!(handle.add(Box::new(Listener { stream, bytes: sender })).is_err());
         assert!(handle.remove(SubscriberId(1)).is_none());
     }
