@@ -146,7 +146,18 @@ impl Listener {
 
     /// The next connection. Over vsock, connections that do not come from the host are dropped: a process in the guest
     /// must not speak to the agent.
+    ///
+    /// # Errors
+    /// Out of descriptors or memory. Both pass, and callers ask again at once: so a failure takes `ACCEPT_PAUSE`.
     pub async fn accept(&self) -> io::Result<Descriptor> {
+        let accepted = self.accept_from_host().await;
+        if accepted.is_err() {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+        accepted
+    }
+
+    async fn accept_from_host(&self) -> io::Result<Descriptor> {
         loop {
             let fd = self
                 .0
@@ -162,6 +173,9 @@ impl Listener {
         }
     }
 }
+
+/// How long a listener that could not accept a connection rests, so that its callers do not spin.
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 
 fn comes_from_host(fd: &OwnedFd) -> bool {
     match rustix::net::sockopt::socket_domain(fd) {

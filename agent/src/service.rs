@@ -80,10 +80,6 @@ impl AgentService {
             let power = power.clone();
             async move {
                 let accepted = listener.accept().await;
-                if accepted.is_err() {
-                    // Out of descriptors or memory: both pass, and ttrpc asks again at once.
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
                 Some((accepted.map(|stream| Connection::new(stream, power)), listener))
             }
         });

@@ -62,8 +62,6 @@ impl StreamBroker {
                 Ok(stream) => stream,
                 Err(err) => {
                     log::warn!("accept of a stdio stream failed: {err}");
-                    // Out of descriptors or memory: both pass, and a tight loop would not help.
-                    tokio::time::sleep(Duration::from_millis(10)).await;
                     continue;
                 }
             };

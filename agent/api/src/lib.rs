@@ -1,7 +1,6 @@
 //! The protocol between the pod engine and `kvrun-agent`: generated types ([`agent`], [`agent_ttrpc`]), port numbers
 //! and limits. `proto/agent.proto` is the text to read.
 
-/// Messages.
 #[allow(
     missing_docs,
     clippy::all,
@@ -12,24 +11,19 @@
     unused_qualifications,
     unreachable_pub
 )]
-pub mod agent {
-    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+mod generated {
+    /// Messages.
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+
+    /// Client and server of the service `kvrun.agent.v1.Agent`.
+    pub mod agent_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
 }
 
-/// Client and server of the service `kvrun.agent.v1.Agent`.
-#[allow(
-    missing_docs,
-    clippy::all,
-    clippy::pedantic,
-    clippy::unwrap_used,
-    nonstandard_style,
-    unused,
-    unused_qualifications,
-    unreachable_pub
-)]
-pub mod agent_ttrpc {
-    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
-}
+pub use generated::{agent, agent_ttrpc};
 
 /// vsock port in the guest on which the agent answers ttrpc.
 pub const RPC_PORT: u32 = 1024;
