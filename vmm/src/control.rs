@@ -13,6 +13,7 @@ use kvrun_vmm_api::{
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use crate::devices::virtio::DeviceRequest;
 use crate::devices::virtio::vsock::ConnectError;
 use crate::machine::{Machine, MachineError};
 
@@ -133,6 +134,17 @@ fn obey(
             machine.resume();
             Ok(())
         }
+        Request::ResizeMemory { plugged_mib } => {
+            machine.request_of("mem", DeviceRequest::Plug(u64::from(plugged_mib) << 20))
+        }
+        Request::SetBalloon { mib } => {
+            machine.request_of("balloon", DeviceRequest::Inflate(u64::from(mib) << 20))
+        }
+        Request::HintFreePages => machine.request_of("balloon", DeviceRequest::HintFreePages),
+        Request::SetRateLimit { slot, first, second } => {
+            machine.request(slot, DeviceRequest::Limit(first, second))
+        }
+        Request::Metrics => return reply(channel, id, Ok(Reply::Metrics(machine.metrics()))),
         Request::State => return reply(channel, id, Ok(Reply::State(machine.state()))),
         Request::Stop => Ok(()),
     };

@@ -12,18 +12,18 @@ use kvrun_vmm_api::config::{
     MIN_MEMORY_MIB, RNG_SLOT, VSOCK_SLOT,
 };
 use kvrun_vmm_api::control::CONSOLE_TAIL;
-use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmState};
+use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmMetrics, VmState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::{self, ArchError, BootSource};
 use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
+use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
@@ -76,6 +76,9 @@ pub enum MachineError {
     /// The processor's part.
     #[error(transparent)]
     Arch(#[from] ArchError),
+    /// A request is for a device that is not there.
+    #[error("the machine has no {0}")]
+    NoSuchDevice(&'static str),
     /// Two devices at one address.
     #[error("cannot lay out the devices")]
     Bus(#[from] BusError),
@@ -102,10 +105,13 @@ impl From<MachineError> for RequestError {
             | MachineError::Blk(_)
             | MachineError::Fs(_) => Self::Invalid(message),
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
-            MachineError::BootedAlready => Self::Precondition(message),
-            MachineError::Slot { source: SlotError::Taken | SlotError::Empty, .. } => {
-                Self::Precondition(message)
+            MachineError::BootedAlready | MachineError::NoSuchDevice(_) => Self::Precondition(message),
+            MachineError::Slot { source: SlotError::Device(DeviceRequestError::Range { .. }), .. } => {
+                Self::Invalid(message)
             }
+            MachineError::Slot {
+                source: SlotError::Taken | SlotError::Empty | SlotError::Device(_), ..
+            } => Self::Precondition(message),
             _ => Self::Host(message),
         }
     }
@@ -186,13 +192,19 @@ impl Machine {
     pub fn attach(&self, slot: u8, device: DeviceConfig, fd: OwnedFd) -> Result<(), MachineError> {
         self.free_slot(slot)?;
         let device: Box<dyn VirtioDevice> = match device {
-            DeviceConfig::Fs { tag, read_only } => {
+            DeviceConfig::Fs { tag, read_only, cache: _, writeback: _ } => {
                 in_range("length of the tag", tag.len() as u64, 1..=MAX_FS_TAG as u64)?;
                 Box::new(Fs::new(fd, &tag, read_only)?)
             }
-            DeviceConfig::Blk { read_only, serial } => {
+            DeviceConfig::Blk { read_only, serial, queues: _, limit: _ } => {
                 in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;
                 Box::new(Blk::open(fd, read_only, &serial)?)
+            }
+            DeviceConfig::Net { .. }
+            | DeviceConfig::Pmem
+            | DeviceConfig::Mem
+            | DeviceConfig::Balloon { .. } => {
+                return Err(MachineError::NoSuchDevice("device of this kind"));
             }
         };
         self.fill(slot, device)
@@ -220,6 +232,31 @@ impl Machine {
     /// Lets them run.
     pub fn resume(&self) {
         self.vcpus.resume();
+    }
+
+    /// Passes a request to the device in `slot`.
+    ///
+    /// # Errors
+    /// [`MachineError::Slot`], [`MachineError::Range`].
+    pub fn request(&self, slot: u8, request: DeviceRequest) -> Result<(), MachineError> {
+        self.free_slot(slot)?.request(request).map_err(|source| MachineError::Slot { slot, source })
+    }
+
+    /// Passes a request to the one device of its kind that a machine can have.
+    ///
+    /// # Errors
+    /// [`MachineError::NoSuchDevice`], [`MachineError::Slot`].
+    pub fn request_of(&self, kind: &'static str, request: DeviceRequest) -> Result<(), MachineError> {
+        let found = self.slots.iter().position(|slot| slot.device_name() == Some(kind));
+        self.request(found.ok_or(MachineError::NoSuchDevice(kind))? as u8, request)
+    }
+
+    /// What the machine has counted.
+    pub fn metrics(&self) -> VmMetrics {
+        VmMetrics {
+            exits: std::iter::once(("all".to_owned(), self.vcpus.exits().iter().sum())).collect(),
+            slots: self.slots.iter().map(|slot| slot.metrics()).collect(),
+        }
     }
 
     /// Reaches vsock ports in the guest.
@@ -384,6 +421,7 @@ mod tests {
     fn config() -> VmConfig {
         VmConfig {
             memory_mib: 128,
+            hotplug_mib: 0,
             vcpus: VcpuConfig { boot: 1, max: 2 },
             cmdline: "quiet".to_owned(),
             slots: 3,

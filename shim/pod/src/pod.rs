@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kvrun_agent_api::{READY_PORT, RPC_PORT};
 use kvrun_vmm_api::config::FIRST_FREE_SLOT;
-use kvrun_vmm_api::{DeviceConfig, VmConfig};
+use kvrun_vmm_api::{DeviceConfig, FsCache, VmConfig};
 use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -136,6 +136,7 @@ impl Starting {
     fn boot(vmm: Vmm, kvm: &File, assets: &Assets, size: VmSize) -> Result<Self, PodError> {
         let config = VmConfig {
             memory_mib: size.memory_mib,
+            hotplug_mib: 0,
             vcpus: size.vcpus,
             cmdline: KERNEL_CMDLINE.to_owned(),
             slots: SLOTS,
@@ -163,7 +164,12 @@ impl Starting {
             source => PodError::Boot { kernel, source },
         })?;
         // The share is in its slot before the agent is there to bind it.
-        let device = DeviceConfig::Fs { tag: SHARE_TAG.to_owned(), read_only: false };
+        let device = DeviceConfig::Fs {
+            tag: SHARE_TAG.to_owned(),
+            read_only: false,
+            cache: FsCache::Auto,
+            writeback: false,
+        };
         let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[share]).await?) };
         let answering = async {
             timeout(READY_TIMEOUT, ready.accepted()).await.map_err(|_| PodError::NotReady)??;

@@ -53,6 +53,7 @@ async fn boot(stage: &Stage) -> Result<Boot> {
     let initramfs = File::open(&stage.initramfs).context("cannot open the initramfs")?;
     let config = VmConfig {
         memory_mib: MEMORY_MIB,
+        hotplug_mib: 0,
         vcpus: VcpuConfig { boot: 1, max: 1 },
         cmdline: KERNEL_CMDLINE.to_owned(),
         slots: SLOTS,

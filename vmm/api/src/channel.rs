@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 /// The longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// The most descriptors that go with one message.
-pub const MAX_FDS: usize = 8;
+pub const MAX_FDS: usize = 16;
 
 /// What can go wrong on the control socket.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,10 @@
 //! The control protocol: one JSON [`ToVmm`] or [`FromVmm`] per datagram.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, RateLimit, VmConfig};
 
 /// What the pod engine sends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,8 +61,33 @@ pub enum Request {
     Pause,
     /// Let paused vCPUs run. Idempotent.
     Resume,
+    /// Ask the guest to plug or unplug memory through its virtio-mem device. Answered with [`Reply::Done`] once the guest has been
+    /// told; how far it has come is in [`Reply::State`].
+    ResizeMemory {
+        /// Memory wanted beyond [`VmConfig::memory_mib`], in MiB; at most [`VmConfig::hotplug_mib`].
+        plugged_mib: u32,
+    },
+    /// Ask the guest to give this much memory to its balloon. Answered as [`Request::ResizeMemory`].
+    SetBalloon {
+        /// Memory wanted in the balloon, in MiB.
+        mib: u32,
+    },
+    /// Ask the guest's balloon which of its pages are free and drop their contents, now, without taking them away (virtio 1.3
+    /// s5.5.6.5). Answered with [`Reply::Done`] once the guest has been told.
+    HintFreePages,
+    /// Change the limits of a block device (`first`) or a network link (`first`: receiving, `second`: sending).
+    SetRateLimit {
+        /// The slot.
+        slot: u8,
+        /// The new limit of a block device, or of receiving.
+        first: RateLimit,
+        /// The new limit of sending; `None` for a block device.
+        second: Option<RateLimit>,
+    },
     /// Report [`Reply::State`].
     State,
+    /// Report [`Reply::Metrics`].
+    Metrics,
     /// End the machine now, as if its power cord were pulled. Answered with [`Reply::Done`], then
     /// [`Event::Exited`] and the end of the process.
     Stop,
@@ -74,6 +101,8 @@ pub enum Reply {
     Done,
     /// The answer to [`Request::State`].
     State(VmState),
+    /// The answer to [`Request::Metrics`].
+    Metrics(VmMetrics),
 }
 
 /// A refusal. The machine is as it was before the request.
@@ -112,6 +141,26 @@ pub struct VmState {
     pub boot_marks: Vec<(u8, u64)>,
     /// How often each vCPU left the guest for the VMM (in all `KVM_RUN` returns), one number per vCPU.
     pub exits: Vec<u64>,
+}
+
+/// What the machine has counted since it booted. Counters only grow.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmMetrics {
+    /// How often vCPUs left the guest for the VMM, by kind of exit.
+    pub exits: BTreeMap<String, u64>,
+    /// What the device in each slot has counted; `None` where it is empty.
+    pub slots: Vec<Option<DeviceMetrics>>,
+}
+
+/// What a device has counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceMetrics {
+    /// The kind of device, as in [`VmState::slots`].
+    pub device: String,
+    /// Counters by name, `bytes_read` for example.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// The I/O port to which a guest writes boot marks (one byte each). QEMU's `isa-debugcon` and Bochs use the same port, so one

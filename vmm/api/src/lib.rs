@@ -17,8 +17,10 @@ pub mod config;
 pub mod control;
 
 pub use channel::{Channel, ChannelError, Received};
-pub use config::{DeviceConfig, VcpuConfig, VmConfig};
-pub use control::{Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm, VmState};
+pub use config::{DeviceConfig, FsCache, RateLimit, VcpuConfig, VmConfig};
+pub use control::{
+    DeviceMetrics, Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm, VmMetrics, VmState,
+};
 
 /// The descriptor number on which `kvrun-vmm` finds its control socket.
 pub const CONTROL_FD: i32 = 3;

@@ -19,8 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvrun_vmm_api::{
-    Channel, ChannelError, DeviceConfig, Event, ExitReason, FromVmm, Reply, Request, RequestError, ToVmm,
-    VmConfig, VmState,
+    Channel, ChannelError, DeviceConfig, Event, ExitReason, FromVmm, RateLimit, Reply, Request, RequestError,
+    ToVmm, VmConfig, VmMetrics, VmState,
 };
 use rustix::io::Errno;
 use tokio::io::Interest;
@@ -76,6 +76,11 @@ pub enum VmmError {
     /// The VMM is gone.
     #[error("{}", .0.death)]
     Ended(Arc<VmEnd>),
+}
+
+/// An answer of another kind than the request's.
+fn wrong_answer(what: &'static str) -> VmmError {
+    VmmError::Refused { what, source: RequestError::Invalid("an answer of the wrong kind".into()) }
 }
 
 /// A running VMM. Clones share one; when the last is dropped it is killed and reaped.
@@ -247,11 +252,59 @@ impl Vmm {
     pub async fn state(&self) -> Result<VmState, VmmError> {
         match self.request("report its state", Request::State, &[], REQUEST_TIMEOUT).await? {
             Reply::State(state) => Ok(state),
-            Reply::Done => {
-                let source = RequestError::Invalid("an answer without a state".into());
-                Err(VmmError::Refused { what: "report its state", source })
-            }
+            _ => Err(wrong_answer("report its state")),
         }
+    }
+
+    /// What the machine has counted.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn metrics(&self) -> Result<VmMetrics, VmmError> {
+        match self.request("report its metrics", Request::Metrics, &[], REQUEST_TIMEOUT).await? {
+            Reply::Metrics(metrics) => Ok(metrics),
+            _ => Err(wrong_answer("report its metrics")),
+        }
+    }
+
+    /// Asks the guest to have this much memory beyond what it booted with; how far it has come is in [`Vmm::state`].
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn resize_memory(&self, plugged_mib: u32) -> Result<(), VmmError> {
+        self.request("resize memory", Request::ResizeMemory { plugged_mib }, &[], REQUEST_TIMEOUT)
+            .await
+            .map(drop)
+    }
+
+    /// Asks the guest to give up this much memory.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn set_balloon(&self, mib: u32) -> Result<(), VmmError> {
+        self.request("set the balloon", Request::SetBalloon { mib }, &[], REQUEST_TIMEOUT).await.map(drop)
+    }
+
+    /// Asks the guest which pages are free, and drops their contents.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn hint_free_pages(&self) -> Result<(), VmmError> {
+        self.request("hint free pages", Request::HintFreePages, &[], REQUEST_TIMEOUT).await.map(drop)
+    }
+
+    /// Changes the limits of a disk (`first`) or a link (`first`: receiving, `second`: sending).
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn set_rate_limit(
+        &self,
+        slot: u8,
+        first: RateLimit,
+        second: Option<RateLimit>,
+    ) -> Result<(), VmmError> {
+        let request = Request::SetRateLimit { slot, first, second };
+        self.request("change a rate limit", request, &[], REQUEST_TIMEOUT).await.map(drop)
     }
 
     /// Waits until the VMM has ended, and tells why. Cancel-safe; answers at once afterwards.

@@ -61,7 +61,14 @@ fn run(test: impl Future<Output = ()>) {
 
 fn config() -> VmConfig {
     let vcpus = VcpuConfig { boot: 1, max: 1 };
-    VmConfig { memory_mib: 128, vcpus, cmdline: String::new(), slots: 8, vsock_listen: vec![1024] }
+    VmConfig {
+        memory_mib: 128,
+        hotplug_mib: 0,
+        vcpus,
+        cmdline: String::new(),
+        slots: 8,
+        vsock_listen: vec![1024],
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use kvrun_vmm_api::DeviceMetrics;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -19,7 +20,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, GuestRam, InterruptLine, VirtQueue, VirtioDevice};
+use super::{
+    Activation, DeviceRequest, DeviceRequestError, GuestRam, InterruptLine, VirtQueue, VirtioDevice,
+};
 use crate::bus::BusDevice;
 use crate::locked;
 
@@ -83,6 +86,9 @@ pub enum SlotError {
     /// The host is out of descriptors.
     #[error("no descriptor left for the queues of the device")]
     Descriptors,
+    /// The device refuses a request.
+    #[error(transparent)]
+    Device(#[from] DeviceRequestError),
 }
 
 impl MmioSlot {
@@ -120,6 +126,36 @@ impl MmioSlot {
     /// The kind of device in the slot.
     pub fn device_name(&self) -> Option<&'static str> {
         self.lock().as_ref().map(|transport| transport.device.name())
+    }
+
+    /// Brings the device, if any, to rest: [`VirtioDevice::pause`].
+    pub fn pause(&self) {
+        if let Some(transport) = self.lock().as_mut() {
+            transport.device.pause();
+        }
+    }
+
+    /// Lets it go on: [`VirtioDevice::resume`].
+    pub fn resume(&self) {
+        if let Some(transport) = self.lock().as_mut() {
+            transport.device.resume();
+        }
+    }
+
+    /// What the device, if any, has counted.
+    pub fn metrics(&self) -> Option<DeviceMetrics> {
+        self.lock().as_ref().map(|transport| DeviceMetrics {
+            device: transport.device.name().to_owned(),
+            counters: transport.device.counters().into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+        })
+    }
+
+    /// Passes a request to the device.
+    ///
+    /// # Errors
+    /// [`SlotError::Empty`], [`SlotError::Device`].
+    pub fn request(&self, request: DeviceRequest) -> Result<(), SlotError> {
+        Ok(self.lock().as_mut().ok_or(SlotError::Empty)?.device.request(request)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Transport>> {

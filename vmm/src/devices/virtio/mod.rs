@@ -18,6 +18,7 @@ pub mod vsock;
 
 use std::sync::Arc;
 
+use kvrun_vmm_api::RateLimit;
 use vm_memory::GuestMemoryMmap;
 
 pub use queue::{QueueError, VirtQueue};
@@ -58,6 +59,60 @@ pub trait VirtioDevice: Send {
     /// Stops all work and drops the queues. When this returns, the device neither reads nor writes guest memory nor signals
     /// an interrupt, requests in flight included. Called on an inactive device it does nothing.
     fn reset(&mut self);
+
+    /// Brings all work on the queues to rest, requests in flight included, as [`VirtioDevice::reset`] does, but forgets nothing:
+    /// [`VirtioDevice::resume`] goes on where it stopped. Called while the vCPUs are held. Does nothing on an inactive or a paused device.
+    fn pause(&mut self) {}
+
+    /// Goes on after [`VirtioDevice::pause`]; kicks that arrived meanwhile count. Does nothing on a device that is not paused.
+    fn resume(&mut self) {}
+
+    /// What the device has counted since it was made, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    /// Carries out a request of the control protocol that is about this device.
+    ///
+    /// # Errors
+    /// [`DeviceRequestError`]; the device is as before.
+    fn request(&mut self, request: DeviceRequest) -> Result<(), DeviceRequestError> {
+        Err(DeviceRequestError::NotForThis(request))
+    }
+}
+
+/// What the control protocol asks of a device in its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceRequest {
+    /// [`Request::ResizeMemory`](kvrun_vmm_api::Request), in bytes.
+    Plug(u64),
+    /// [`Request::SetBalloon`](kvrun_vmm_api::Request), in bytes.
+    Inflate(u64),
+    /// [`Request::HintFreePages`](kvrun_vmm_api::Request).
+    HintFreePages,
+    /// [`Request::SetRateLimit`](kvrun_vmm_api::Request).
+    Limit(RateLimit, Option<RateLimit>),
+}
+
+/// Why a device does not do what the control protocol asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceRequestError {
+    /// It is of the wrong kind.
+    #[error("{0:?} is not for this kind of device")]
+    NotForThis(DeviceRequest),
+    /// The guest's driver is not there, or cannot do it.
+    #[error("the guest's driver is not ready for it")]
+    NotReady,
+    /// A value is out of range.
+    #[error("{what} is {value}; it can be at most {most}")]
+    Range {
+        /// Which value.
+        what: &'static str,
+        /// What it is.
+        value: u64,
+        /// What it can be at most.
+        most: u64,
+    },
 }
 
 /// What an activated device works with.
