@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use crate::devices::virtio::DeviceRequest;
 use crate::devices::virtio::vsock::ConnectError;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, exactly};
 
 /// Why serving ended before the machine did.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
             let _ = channel.send(&FromVmm::Event(Event::VsockAccepted { port }), &[stream.as_fd()]);
         }
     };
-    let mut machine = match boot_fds(fds).and_then(|fds| Machine::boot(&config, fds, Box::new(accepted))) {
+    let mut machine = match exactly(fds).and_then(|fds| Machine::boot(&config, fds, Box::new(accepted))) {
         Ok(machine) => machine,
         Err(e) => return Ok(reply(&channel, id, Err(e.into()))?),
     };
@@ -108,11 +108,11 @@ fn obey(
 ) -> Result<(), ChannelError> {
     let outcome = match request {
         Request::Boot(_) => Err(MachineError::BootedAlready),
-        Request::Attach { slot, device } => only_fd(fds).and_then(|fd| machine.attach(slot, device, fd)),
+        Request::Attach { slot, device } => machine.attach(slot, device, fds),
         Request::Detach { slot } => machine.detach(slot),
-        Request::VsockConnect { port } => match only_fd(fds) {
+        Request::VsockConnect { port } => match exactly(fds) {
             Err(e) => Err(e),
-            Ok(stream) => {
+            Ok([stream]) => {
                 let channel = channel.clone();
                 let done = move |outcome: Result<(), ConnectError>| {
                     let result = match outcome {
@@ -153,15 +153,4 @@ fn obey(
 
 fn reply(channel: &Channel, id: u64, result: Result<Reply, RequestError>) -> Result<(), ChannelError> {
     channel.send(&FromVmm::Reply { id, result }, &[])
-}
-
-/// The descriptors of [`Request::Boot`].
-fn boot_fds(fds: Vec<OwnedFd>) -> Result<[OwnedFd; 3], MachineError> {
-    fds.try_into().map_err(|fds: Vec<_>| MachineError::Descriptors { wanted: 3, got: fds.len() })
-}
-
-fn only_fd(fds: Vec<OwnedFd>) -> Result<OwnedFd, MachineError> {
-    let [fd] = <[OwnedFd; 1]>::try_from(fds)
-        .map_err(|fds| MachineError::Descriptors { wanted: 1, got: fds.len() })?;
-    Ok(fd)
 }

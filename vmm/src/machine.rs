@@ -185,20 +185,22 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Puts a device into an empty slot; `fd`: see [`DeviceConfig`].
+    /// Puts a device into an empty slot; `fds`: see [`DeviceConfig`].
     ///
     /// # Errors
     /// [`MachineError`]; the slot is as it was.
-    pub fn attach(&self, slot: u8, device: DeviceConfig, fd: OwnedFd) -> Result<(), MachineError> {
+    pub fn attach(&self, slot: u8, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
         self.free_slot(slot)?;
         let device: Box<dyn VirtioDevice> = match device {
             DeviceConfig::Fs { tag, read_only, cache: _, writeback: _ } => {
                 in_range("length of the tag", tag.len() as u64, 1..=MAX_FS_TAG as u64)?;
-                Box::new(Fs::new(fd, &tag, read_only)?)
+                let [directory] = exactly(fds)?;
+                Box::new(Fs::new(directory, &tag, read_only)?)
             }
             DeviceConfig::Blk { read_only, serial, queues: _, limit: _ } => {
                 in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;
-                Box::new(Blk::open(fd, read_only, &serial)?)
+                let [image] = exactly(fds)?;
+                Box::new(Blk::open(image, read_only, &serial)?)
             }
             DeviceConfig::Net { .. }
             | DeviceConfig::Pmem
@@ -316,6 +318,14 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// The descriptors of a request that takes `N`.
+///
+/// # Errors
+/// [`MachineError::Descriptors`].
+pub fn exactly<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], MachineError> {
+    fds.try_into().map_err(|fds: Vec<_>| MachineError::Descriptors { wanted: N, got: fds.len() })
 }
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> MachineError {
