@@ -10,7 +10,7 @@ use kvrun_pod::bundle::{Bundle, BundleError};
 use kvrun_pod::cgroup::{CgroupError, HostCgroup};
 use kvrun_pod::container::{Container, CreateError, Exit, ExitState, VmDeath};
 use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
-use kvrun_pod::pod::{Pod, PodError, Starting};
+use kvrun_pod::pod::{self, Pod, PodError, Starting};
 use kvrun_pod::share::{self, Share, ShareError};
 use kvrun_pod::size::{SizeError, VmSize};
 use kvrun_pod::state_dir::{ContainerDir, StateError};
@@ -111,7 +111,7 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     runtime.block_on(async {
         let signals = signals.listen().map_err(host("listen for signals"))?;
-        let starting = Starting::spawn(&assets, size)?;
+        let starting = Starting::spawn(&assets, pod::machine(size))?;
         // While the guest boots.
         let spec = share.add(&id, &bundle)?;
         let stdio = stdio(terminal.is_some()).map_err(host("duplicate standard input and output"))?;

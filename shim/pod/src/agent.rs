@@ -104,6 +104,16 @@ impl Agent {
         Ok(Some(answer.block_device).filter(|name| !name.is_empty()))
     }
 
+    /// Unbinds the driver from a slot, so that it may be emptied.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn unbind_slot(&self, slot: u8) -> Result<(), AgentError> {
+        let request = api::UnbindSlotRequest { slot: slot.into(), ..Default::default() };
+        let call = self.client.unbind_slot(Context::default(), &request);
+        bounded("let go of a device", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
     /// Mounts the virtio-fs with this tag.
     ///
     /// # Errors

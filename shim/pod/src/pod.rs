@@ -39,7 +39,7 @@ const KVM_API_VERSION: i32 = 12;
 /// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for five block devices or links.
 pub const SLOTS: u8 = 8;
 /// The slot of the share.
-const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
+pub const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
 /// How long a guest may take from its first instruction to an agent that answers. 0.1 s on hardware; an emulated machine
 /// with several guests at once takes tens of seconds.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -114,6 +114,18 @@ fn kvm_hint(source: &io::Error) -> String {
     }
 }
 
+/// The machine a pod of this size is given.
+pub fn machine(size: VmSize) -> VmConfig {
+    VmConfig {
+        memory_mib: size.memory_mib,
+        hotplug_mib: 0,
+        vcpus: size.vcpus,
+        cmdline: KERNEL_CMDLINE.to_owned(),
+        slots: SLOTS,
+        vsock_listen: vec![READY_PORT],
+    }
+}
+
 /// A machine whose guest boots.
 #[derive(Debug)]
 pub struct Starting {
@@ -124,25 +136,17 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Starts the VMM and sends it the machine, without waiting for either. Must be called in a tokio runtime.
+    /// Starts the VMM and sends it the machine ([`machine`]), without waiting for either. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// [`PodError`].
-    pub fn spawn(assets: &Assets, size: VmSize) -> Result<Self, PodError> {
+    pub fn spawn(assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
         let kvm = open_kvm()?;
-        Self::boot(Vmm::spawn(&assets.vmm.path)?, &kvm, assets, size)
+        Self::boot(Vmm::spawn(&assets.vmm.path)?, &kvm, assets, config)
     }
 
-    fn boot(vmm: Vmm, kvm: &File, assets: &Assets, size: VmSize) -> Result<Self, PodError> {
-        let config = VmConfig {
-            memory_mib: size.memory_mib,
-            hotplug_mib: 0,
-            vcpus: size.vcpus,
-            cmdline: KERNEL_CMDLINE.to_owned(),
-            slots: SLOTS,
-            vsock_listen: vec![READY_PORT],
-        };
-        tracing::debug!(memory_mib = size.memory_mib, vcpus = size.vcpus.boot, "booting");
+    fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
+        tracing::debug!(memory_mib = config.memory_mib, vcpus = config.vcpus.boot, "booting");
         let ready = vmm.expect(READY_PORT);
         let booting =
             vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
@@ -157,7 +161,11 @@ impl Starting {
         self.ready_with(share.directory()).await
     }
 
-    async fn ready_with(self, share: BorrowedFd<'_>) -> Result<Pod, PodError> {
+    /// As [`Starting::ready`], with any directory as the share.
+    ///
+    /// # Errors
+    /// As [`Starting::ready`].
+    pub async fn ready_with(self, share: BorrowedFd<'_>) -> Result<Pod, PodError> {
         let Self { vmm, booting, ready, kernel } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(end) => PodError::Died(end),
@@ -231,6 +239,16 @@ impl Pod {
         let copying = connected?;
         tracing::debug!(%id, "created");
         Ok(Container::new(self.clone(), id.clone(), copying))
+    }
+
+    /// The machine: to attach devices to it, to pause it, to look at it.
+    pub fn vmm(&self) -> &Vmm {
+        &self.vmm
+    }
+
+    /// The agent in it.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
     }
 
     /// Ends the machine: in order if the guest answers within 2 s, and in any case within another second.

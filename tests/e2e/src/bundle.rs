@@ -87,7 +87,8 @@ impl Bundle {
     }
 }
 
-fn userland(rootfs: &Path) -> Result<()> {
+/// A root file system with busybox and nothing else.
+pub(crate) fn userland(rootfs: &Path) -> Result<()> {
     for dir in ["bin", "dev", "etc", "proc", "root", "sys", "tmp"] {
         fs::create_dir_all(rootfs.join(dir))?;
     }

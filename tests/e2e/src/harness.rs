@@ -139,6 +139,8 @@ fn in_own_process(case: &Case) -> ExitCode {
         let kvrun = kvrun()?;
         isolation::enter(&kvrun)?;
         let test = Test::new(id, kvrun)?;
+        // With its first runtime, tokio makes a pair of sockets for signals that it keeps as long as the process lives.
+        drop(tokio::runtime::Builder::new_current_thread().enable_all().build()?);
         let before = Snapshot::take(&test)?;
         panic::set_hook(Box::new(|info| eprintln!("{info}")));
         match catch_unwind(AssertUnwindSafe(|| (case.test)(&test))) {

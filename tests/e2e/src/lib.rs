@@ -6,6 +6,7 @@
 //! * [`fixture`] - [`Test`]: the directories of one test, and how it starts `kvrun`.
 //! * [`bundle`] - OCI bundles with a busybox userland.
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
+//! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
 //! * [`time`] - the one factor by which all bounds scale.
 //!
@@ -22,6 +23,7 @@ pub mod leaks;
 pub mod process;
 pub mod terminal;
 pub mod time;
+pub mod vm;
 
 pub use bundle::Bundle;
 pub use fixture::Test;

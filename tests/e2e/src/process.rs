@@ -83,7 +83,7 @@ impl Captured {
     }
 
     /// Waits until `text` was read, or the stream is at its end.
-    fn wait(&self, text: Option<&str>, deadline: Instant) -> Result<()> {
+    pub(crate) fn wait(&self, text: Option<&str>, deadline: Instant) -> Result<()> {
         let left = deadline.saturating_duration_since(Instant::now());
         let arrived = |seen: &Seen| {
             text.is_some_and(|text| seen.bytes.windows(text.len()).any(|window| window == text.as_bytes()))

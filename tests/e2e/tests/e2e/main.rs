@@ -14,9 +14,10 @@ mod resources;
 mod signals;
 mod stdio;
 mod terminal;
+mod vm;
 
 fn main() -> ExitCode {
-    kvrun_e2e::main(&[
+    let mut groups = vec![
         exit::CASES,
         stdio::CASES,
         terminal::CASES,
@@ -29,5 +30,7 @@ fn main() -> ExitCode {
         command_line::CASES,
         bad_config::CASES,
         parallel::CASES,
-    ])
+    ];
+    groups.extend(vm::GROUPS);
+    kvrun_e2e::main(&groups)
 }

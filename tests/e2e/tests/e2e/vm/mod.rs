@@ -1,0 +1,30 @@
+//! What the virtual machine promises, one module per device or subject: machines without `kvrun` around them.
+
+use anyhow::{Result, ensure};
+use kvrun_e2e::vm::{Machine, Shape};
+use kvrun_e2e::{Case, Test, cases};
+
+mod vcpus;
+
+pub(crate) const GROUPS: &[&[Case]] = &[CASES, vcpus::CASES];
+
+const CASES: &[Case] = cases![script_has_the_whole_guest_and_gives_its_result_back];
+
+/// The harness itself.
+fn script_has_the_whole_guest_and_gives_its_result_back(t: &Test) -> Result<()> {
+    let vm = Machine::boot(t, Shape::default())?;
+    let done = vm.run("echo out; echo err >&2; exit 7")?;
+    ensure!(done.code == 7 && done.stdout == "out\n" && done.stderr == "err\n", "{done}");
+    // The guest's own devices, init, kernel settings and file system of PID 1's runtime directory.
+    vm.sh("cat /proc/1/cmdline | grep -q init && test -c /dev/kmsg && ls -d /run/kvrun >/dev/null")?;
+    vm.sh("echo 1 > /proc/sys/kernel/sysrq && grep -q '^CapEff:.*1ffffffffff$' /proc/self/status")?;
+    let rootfs = vm.rootfs().to_owned();
+    std::fs::write(rootfs.join("from-host"), "hello\n")?;
+    ensure!(vm.sh("cat /from-host")? == "hello\n");
+    let mut script = vm.start("echo ready; read line; echo \"got $line\"")?;
+    script.until("ready\n")?;
+    script.write("word\n")?;
+    let done = script.wait()?;
+    ensure!(done.code == 0 && done.stdout == "ready\ngot word\n", "{done}");
+    Ok(())
+}
