@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use kvrun_vmm_api::config::{
@@ -26,6 +26,7 @@ use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::memory::{self, MemoryError};
+use crate::thread::{self, Class};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
 
 /// The stack of the event loop's thread in bytes; what is not touched costs nothing.
@@ -395,15 +396,12 @@ struct EventLoopThread {
 impl EventLoopThread {
     fn spawn() -> Result<Self, MachineError> {
         let (event_loop, handle) = EventLoop::new().map_err(host("make the event loop"))?;
-        let thread = thread::Builder::new()
-            .name("events".to_owned())
-            .stack_size(LOOP_STACK)
-            .spawn(move || {
-                if let Err(e) = event_loop.run() {
-                    log::error!("the event loop failed: {e}");
-                }
-            })
-            .map_err(host("start the event loop's thread"))?;
+        let thread = thread::spawn(Class::EventLoop, "events", LOOP_STACK, move || {
+            if let Err(e) = event_loop.run() {
+                log::error!("the event loop failed: {e}");
+            }
+        })
+        .map_err(host("start the event loop's thread"))?;
         Ok(Self { handle, thread: Some(thread) })
     }
 

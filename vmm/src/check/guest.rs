@@ -5,7 +5,6 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread::Builder;
 use std::time::Duration;
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
@@ -17,6 +16,7 @@ use super::Finding;
 use crate::arch::x86_64::vm::{self, VmError};
 use crate::devices::virtio::GuestRam;
 use crate::memory::{self, MemoryError};
+use crate::thread::{self, Class};
 use crate::vcpu::{internal_error, kick_signal};
 
 global_asm!(include_str!("probes.s"));
@@ -42,6 +42,9 @@ macro_rules! code {
 
 /// How long a probe may take. The slowest takes microseconds on hardware, and milliseconds under emulation.
 const LIMIT: Duration = Duration::from_secs(3);
+
+/// The stack of a probe's thread in bytes.
+const STACK: usize = 128 * 1024;
 
 /// Where a probe says whether it went as it should.
 const PORT_RESULT: u16 = 0x10;
@@ -293,13 +296,11 @@ fn run_bounded(mut vcpu: VcpuFd) -> Result<Outcome, SetupError> {
     // it has given it back, or never.
     let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut vcpu.get_kvm_run().immediate_exit) };
     let (sender, receiver) = channel();
-    let thread = Builder::new()
-        .name("probe".into())
-        .spawn(move || {
-            let outcome = run_to_end(&mut vcpu);
-            let _ = sender.send((outcome, vcpu));
-        })
-        .map_err(SetupError::Thread)?;
+    let thread = thread::spawn(Class::Vcpu, "probe", STACK, move || {
+        let outcome = run_to_end(&mut vcpu);
+        let _ = sender.send((outcome, vcpu));
+    })
+    .map_err(SetupError::Thread)?;
     let (outcome, vcpu) = match receiver.recv_timeout(LIMIT) {
         Ok(ended) => ended,
         Err(RecvTimeoutError::Disconnected) => return Ok(Outcome::Hung),

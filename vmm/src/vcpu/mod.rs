@@ -21,13 +21,14 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::locked;
+use crate::thread::{self, Class};
 
 pub use exit::ExitSlot;
 pub(crate) use run::internal_error;
@@ -155,11 +156,10 @@ impl VcpuSet {
             let counters = Arc::new(Counters::default());
             let thread = {
                 let (shared, counters) = (set.shared.clone(), counters.clone());
-                Builder::new()
-                    .name(format!("vcpu{index}"))
-                    .stack_size(STACK)
-                    .spawn(move || run::run(index, fd, immediate_exit, &shared, &counters))
-                    .map_err(|source| VcpuError::Thread { vcpu: index, source })?
+                thread::spawn(Class::Vcpu, &format!("vcpu{index}"), STACK, move || {
+                    run::run(index, fd, immediate_exit, &shared, &counters)
+                })
+                .map_err(|source| VcpuError::Thread { vcpu: index, source })?
             };
             set.vcpus.push(Vcpu { thread, immediate_exit, counters });
         }

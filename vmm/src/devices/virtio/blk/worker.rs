@@ -5,12 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::request::Disk;
 use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, VirtQueue};
+use crate::thread::{self, Class};
 
 /// Address space for the stack of the thread; memory is used only as far as it is touched.
 const STACK_SIZE: usize = 128 * 1024;
@@ -42,12 +43,11 @@ impl Worker {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = Arc::new(Stop { told: AtomicBool::new(false), wake });
         let mut work = Work { disk, write_through, queue, mem, stop: stop.clone() };
-        let thread =
-            thread::Builder::new().name("blk".to_owned()).stack_size(STACK_SIZE).spawn(move || {
-                if let Err(reason) = work.run(&*interrupt) {
-                    interrupt.needs_reset(&reason);
-                }
-            })?;
+        let thread = thread::spawn(Class::Blk, "blk", STACK_SIZE, move || {
+            if let Err(reason) = work.run(&*interrupt) {
+                interrupt.needs_reset(&reason);
+            }
+        })?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -9,7 +9,7 @@ use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -20,6 +20,7 @@ use super::share::{Share, ShareSource};
 use crate::devices::virtio::queue::Chain;
 use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, VirtQueue};
 use crate::locked;
+use crate::thread::{self, Class};
 
 /// Most requests of one share handled at a time.
 pub(super) const MAX_THREADS: usize = 8;
@@ -58,12 +59,11 @@ struct State {
 ///
 /// # Errors
 /// When the thread cannot be had or the share cannot be opened.
-pub(super) fn open(source: &ShareSource) -> io::Result<Share> {
-    thread::scope(|scope| {
-        let opener = thread::Builder::new().name("fs".to_owned()).stack_size(STACK_SIZE);
-        let opener = opener.spawn_scoped(scope, || source.enter().and_then(|()| source.open()))?;
-        opener.join().unwrap_or_else(|_| Err(io::Error::other("the file server panicked")))
-    })
+pub(super) fn open(source: &Arc<ShareSource>) -> io::Result<Share> {
+    let source = source.clone();
+    let opener =
+        thread::spawn(Class::Fs, "fs", STACK_SIZE, move || source.enter().and_then(|()| source.open()))?;
+    opener.join().unwrap_or_else(|_| Err(io::Error::other("the file server panicked")))
 }
 
 impl Pool {
@@ -111,7 +111,7 @@ impl Drop for Pool {
 impl Shared {
     fn spawn(self: &Arc<Self>) -> io::Result<JoinHandle<()>> {
         let shared = self.clone();
-        thread::Builder::new().name("fs".to_owned()).stack_size(STACK_SIZE).spawn(move || shared.work())
+        thread::spawn(Class::Fs, "fs", STACK_SIZE, move || shared.work())
     }
 
     /// The life of a thread.
