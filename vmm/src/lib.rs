@@ -10,6 +10,7 @@
 //! * [`vcpu`] - one thread per vCPU: run, exit, dispatch, pause.
 //! * [`bus`] - which device answers which port or address.
 //! * [`devices`] - the devices: serial console, boot marks, reset port, and everything virtio.
+//! * [`rate_limiter`] - token buckets of devices that have a limit.
 //! * [`thread`] - where threads start, and the classes they belong to.
 //! * [`event_loop`] - the one thread on which devices wait for descriptors.
 //! * [`check`] - whether this host's KVM can run a guest kernel, found out with a tiny guest.
@@ -26,6 +27,7 @@ pub mod devices;
 pub mod event_loop;
 pub mod machine;
 pub mod memory;
+pub mod rate_limiter;
 pub mod thread;
 pub mod vcpu;
 
