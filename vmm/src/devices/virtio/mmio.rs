@@ -7,6 +7,7 @@
 //! Hostile driver: what it configures is frozen once it counts (features at `FEATURES_OK`, queues at `DRIVER_OK`), and every
 //! address is checked against guest memory before a device gets a queue.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -260,6 +261,7 @@ impl Transport {
             device: device.name(),
             irq,
             status: AtomicU32::new(0),
+            raised_elsewhere: AtomicBool::new(false),
             broken: AtomicBool::new(false),
             complained: AtomicBool::new(false),
         });
@@ -291,7 +293,7 @@ impl Transport {
             reg::DEVICE_FEATURES => half(self.features(), self.device_features_select),
             reg::QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
             reg::QUEUE_READY => queue.map_or(0, |queue| queue.config.ready.into()),
-            reg::INTERRUPT_STATUS => self.interrupt.status.load(Ordering::Acquire),
+            reg::INTERRUPT_STATUS => self.interrupt.status(),
             reg::STATUS => {
                 let broken = self.interrupt.broken.load(Ordering::Acquire);
                 self.status | if broken { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
@@ -434,6 +436,7 @@ impl Transport {
             let _ = registers.kick.read();
         }
         self.interrupt.status.store(0, Ordering::Release);
+        self.interrupt.raised_elsewhere.store(false, Ordering::Release);
         self.interrupt.broken.store(false, Ordering::Release);
         self.status = 0;
         self.device_features_select = 0;
@@ -474,6 +477,8 @@ struct MmioInterrupt {
     irq: Arc<EventFd>,
     /// The register `InterruptStatus`.
     status: AtomicU32,
+    /// Somebody else raises the interrupt for used buffers, so it cannot be known here whether it is pending.
+    raised_elsewhere: AtomicBool,
     /// `DEVICE_NEEDS_RESET`.
     broken: AtomicBool,
     /// A guest may break a device over and over; it is told of once.
@@ -481,6 +486,13 @@ struct MmioInterrupt {
 }
 
 impl MmioInterrupt {
+    /// A driver that finds used buffers announced looks into its rings, and goes away if there are none (Linux 6.12
+    /// drivers/virtio/virtio_ring.c, vring_interrupt()).
+    fn status(&self) -> u32 {
+        let elsewhere = self.raised_elsewhere.load(Ordering::Acquire);
+        self.status.load(Ordering::Acquire) | if elsewhere { VIRTIO_MMIO_INT_VRING } else { 0 }
+    }
+
     fn raise(&self, cause: u32) {
         self.status.fetch_or(cause, Ordering::AcqRel);
         // Only a counter at its limit refuses, and then the interrupt is pending already.
@@ -491,6 +503,12 @@ impl MmioInterrupt {
 impl InterruptLine for MmioInterrupt {
     fn signal_queue(&self, _queue: u16) {
         self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn queue_event(&self) -> io::Result<EventFd> {
+        let event = self.irq.try_clone()?;
+        self.raised_elsewhere.store(true, Ordering::Release);
+        Ok(event)
     }
 
     fn signal_config(&self) {

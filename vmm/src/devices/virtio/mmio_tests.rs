@@ -257,6 +257,21 @@ fn interrupts_are_raised_and_acknowledged() {
 }
 
 #[test]
+fn interrupts_raised_outside_the_process_are_announced_until_the_reset() {
+    let bench = Bench::new();
+    bench.start();
+    let interrupt = bench.interrupts.try_recv().unwrap();
+    let event = interrupt.queue_event().unwrap();
+    event.write(1).unwrap();
+    assert_eq!(bench.irq.read().unwrap(), 1);
+    // Acknowledged or not: another may have followed that only the driver's ring tells of.
+    bench.write(reg::INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    assert_eq!(bench.read(reg::INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    bench.write(reg::STATUS, 0);
+    assert_eq!(bench.read(reg::INTERRUPT_STATUS), 0);
+}
+
+#[test]
 fn kicks_by_register_reach_the_queue() {
     let bench = Bench::new();
     bench.write(reg::QUEUE_NOTIFY, 1);

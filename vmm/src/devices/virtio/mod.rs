@@ -16,10 +16,12 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod vsock;
 
+use std::io;
 use std::sync::Arc;
 
 use kvrun_vmm_api::RateLimit;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
 
 pub use queue::{QueueError, VirtQueue};
 
@@ -131,6 +133,13 @@ pub struct Activation {
 pub trait InterruptLine: Send + Sync {
     /// Used buffers are there in this queue (virtio 1.3 s2.7.7). Call only if [`VirtQueue::needs_interrupt`] says so.
     fn signal_queue(&self, queue: u16);
+    /// A descriptor which, written to, does what [`InterruptLine::signal_queue`] does for every queue, for a device that lives in
+    /// the host's kernel. From this call to the next reset the driver may find itself interrupted for used buffers when there are
+    /// none, which does no harm (virtio 1.3 s2.7.7.1).
+    ///
+    /// # Errors
+    /// When the host is out of descriptors.
+    fn queue_event(&self) -> io::Result<EventFd>;
     /// Configuration space has changed.
     fn signal_config(&self);
     /// The device has given up on a driver that broke the rules: sets `DEVICE_NEEDS_RESET` (virtio 1.3 s2.1.2) and
@@ -151,7 +160,7 @@ pub enum ActivateError {
         what: &'static str,
         /// Why it failed.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 

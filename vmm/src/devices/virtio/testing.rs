@@ -9,6 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::error::Error;
+use std::io;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -365,6 +366,16 @@ impl MockDriver {
         self.mem.read_obj::<u16>(GuestAddress(self.rings[queue].used)).unwrap() == 1
     }
 
+    /// Wants to be interrupted when the chain at this position of the used ring is used (virtio 1.3 s2.7.7).
+    pub(crate) fn interrupt_after(&self, queue: usize, position: u16) {
+        self.mem.store(position, self.rings[queue].used_event(), Ordering::Relaxed).unwrap();
+    }
+
+    /// Wants no interrupts. Of interest only if the driver has not accepted EVENT_IDX.
+    pub(crate) fn refuse_interrupts(&self, queue: usize) {
+        self.mem.store(1u16, GuestAddress(self.rings[queue].avail), Ordering::Relaxed).unwrap();
+    }
+
     /// Takes the next used chain, if there is one: its head and how many bytes the device says it wrote.
     pub(crate) fn pop_used(&mut self, queue: usize) -> Option<(u16, u32)> {
         let ring = &mut self.rings[queue];
@@ -472,6 +483,10 @@ impl MockInterrupt {
 impl InterruptLine for MockInterrupt {
     fn signal_queue(&self, queue: u16) {
         self.change(|counts| *counts.queues.entry(queue).or_default() += 1);
+    }
+
+    fn queue_event(&self) -> io::Result<EventFd> {
+        EventFd::new(EFD_NONBLOCK)
     }
 
     fn signal_config(&self) {
