@@ -19,7 +19,7 @@ use crate::arch::{self, ArchError, BootSource};
 use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
 use crate::devices::virtio::blk::{Blk, BlkError};
-use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
@@ -193,10 +193,10 @@ impl Machine {
     pub fn attach(&self, slot: u8, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
         self.free_slot(slot)?;
         let device: Box<dyn VirtioDevice> = match device {
-            DeviceConfig::Fs { tag, read_only, cache: _, writeback: _ } => {
+            DeviceConfig::Fs { tag, read_only, cache, writeback } => {
                 in_range("length of the tag", tag.len() as u64, 1..=MAX_FS_TAG as u64)?;
                 let [directory] = exactly(fds)?;
-                Box::new(Fs::new(directory, &tag, read_only)?)
+                Box::new(Fs::new(directory, &tag, FsOptions { read_only, cache, writeback })?)
             }
             DeviceConfig::Blk { read_only, serial, queues: _, limit: _ } => {
                 in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;

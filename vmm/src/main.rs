@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use kvrun_vmm::{check, control};
 use kvrun_vmm_api::{CONTROL_FD, Channel};
-use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 
 fn main() -> ExitCode {
@@ -48,8 +47,7 @@ fn serve() -> anyhow::Result<()> {
         })?;
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).context("control socket")?;
 
-    // The file server creates files with exactly the modes the guest asks for, and holds one descriptor per open file.
-    rustix::process::umask(Mode::empty());
+    // The file server holds one descriptor per file the guest has open.
     let files = rustix::process::getrlimit(Resource::Nofile);
     rustix::process::setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
         .context("cannot raise the limit of open files")?;

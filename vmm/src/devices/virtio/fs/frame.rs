@@ -25,6 +25,7 @@ use vm_memory::{
     MmapRegion,
 };
 
+use super::counters::Outcome;
 use crate::devices::virtio::GuestRam;
 use crate::devices::virtio::queue::Chain;
 
@@ -56,8 +57,12 @@ const MIN_COPY: usize = IN_HEADER_LEN + 40;
 const FILE_OFFSET: std::ops::Range<usize> = 48..56;
 /// Where `struct fuse_init_in` holds the flags.
 const INIT_FLAGS: std::ops::Range<usize> = 52..56;
-/// `struct fuse_out_header`: the least room an answer needs.
+/// `struct fuse_out_header`: the least room an answer needs ...
 const OUT_HEADER_LEN: u64 = 16;
+/// ... where its error number is ...
+const OUT_ERROR: usize = 4;
+/// ... and where, behind it, `struct fuse_write_out` says how much was written.
+const OUT_WRITTEN: usize = 16;
 
 const FUSE_READ: u32 = 15;
 const FUSE_WRITE: u32 = 16;
@@ -90,6 +95,9 @@ pub(super) struct Frame {
     parts: Vec<Part>,
     /// The bytes of the request at hand that have been copied.
     copy: Vec<u8>,
+    opcode: u32,
+    /// How many bytes of an answer reach the guest at most: 0 if there is no room even for a header.
+    room: u32,
 }
 
 /// What a descriptor of ours says.
@@ -104,8 +112,6 @@ struct Part {
 pub(super) struct Request<'f> {
     pub(super) reader: Reader<'f>,
     pub(super) writer: Writer<'f>,
-    /// How many bytes of an answer reach the guest at most: 0 if there is no room even for a header.
-    pub(super) room: u32,
 }
 
 impl Frame {
@@ -140,15 +146,16 @@ impl Frame {
         ring.set_ready(true);
         // One chain is available, and its head is descriptor 0: the rest of a fresh mapping is zero.
         view.write_obj(1u16, private(AVAIL + 2)).map_err(io::Error::other)?;
-        Ok(Self { ram, view, ring, parts: Vec::new(), copy: Vec::new() })
+        Ok(Self { ram, view, ring, parts: Vec::new(), copy: Vec::new(), opcode: 0, room: 0 })
     }
 
     /// Lays out the request of a chain from `ram`.
     pub(super) fn load(&mut self, chain: Chain<'_>) -> Result<Request<'_>, BadRequest> {
-        let room = self.gather(chain)?;
+        self.room = self.gather(chain)?;
         self.copy.clear();
         self.take(MIN_COPY)?;
         let opcode = self.copy.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+        self.opcode = opcode;
         if let Some((argument, count)) = names_of(opcode) {
             self.take(MAX_COPY)?;
             let names = self.copy.get(IN_HEADER_LEN + argument..).ok_or(BadRequest)?;
@@ -178,7 +185,42 @@ impl Frame {
         let chain = self.ring.iter(&self.view).map_err(|_| BadRequest)?.next().ok_or(BadRequest)?;
         let reader = Reader::new(&self.view, chain.clone()).map_err(|_| BadRequest)?;
         let writer = Writer::new(&self.view, chain).map_err(|_| BadRequest)?;
-        Ok(Request { reader, writer, room })
+        Ok(Request { reader, writer })
+    }
+
+    /// What has become of the request loaded last, whose answer has this length, if it has one: how many bytes of it are in the
+    /// guest's buffers, and how it went. The latter is read back from where the guest may have changed it meanwhile: a guest can
+    /// spoil what is counted of it, and nothing else.
+    pub(super) fn settle(&self, answered: Option<usize>) -> (u32, Outcome) {
+        let Some(answered) = answered else { return (0, Outcome::Error) };
+        // An answer is shorter than its chain, and that is shorter than 2^32 bytes.
+        let answered = answered as u32;
+        let answer = self.answer_begin();
+        let field =
+            |at: usize| u32::from_le_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]);
+        let outcome = match self.opcode {
+            _ if answered > 0 && field(OUT_ERROR) != 0 => Outcome::Error,
+            FUSE_READ => Outcome::Read(answered.saturating_sub(OUT_HEADER_LEN as u32)),
+            FUSE_WRITE => Outcome::Written(field(OUT_WRITTEN)),
+            _ => Outcome::Done,
+        };
+        (answered.min(self.room), outcome)
+    }
+
+    /// The first bytes of where the answer is; zeros where there is no room.
+    fn answer_begin(&self) -> [u8; OUT_WRITTEN + 4] {
+        let mut bytes = [0; OUT_WRITTEN + 4];
+        let mut rest = &mut bytes[..];
+        for part in self.parts.iter().filter(|part| part.writable) {
+            let (now, later) = rest.split_at_mut(rest.len().min(part.len as usize));
+            // All parts are within memory.
+            let _ = self.view.read_slice(now, part.addr);
+            if later.is_empty() {
+                break;
+            }
+            rest = later;
+        }
+        bytes
     }
 
     /// Fills `parts` with the buffers of a chain and returns how much room there is for an answer.
@@ -200,7 +242,7 @@ impl Frame {
                 // virtio 1.3 s2.7.4.2: what the device reads comes before what it writes.
                 return Err(BadRequest);
             }
-            self.parts.push(Part { addr, len, writable });
+            self.push(Part { addr, len, writable });
         }
         if room < OUT_HEADER_LEN {
             // Requests without an answer (FORGET) have no room for one. Where another lacks it, its answer is for nobody.
@@ -210,6 +252,23 @@ impl Frame {
         }
         // The iterator over a chain ends before 2^32 bytes (virtio 1.3 s2.7.5.2).
         Ok(room as u32)
+    }
+
+    /// Appends a part, or makes it one with the last if the two lie side by side: pages of a file often do.
+    fn push(&mut self, part: Part) {
+        if let Some(last) = self.parts.last_mut()
+            && last.writable == part.writable
+            && last.addr.unchecked_add(u64::from(last.len)) == part.addr
+            // The server takes no part that is in two regions.
+            && self.ram.to_region_addr(last.addr).is_some_and(|(region, at)| {
+                region.get_slice(at, last.len as usize + part.len as usize).is_ok()
+            })
+        {
+            // No overflow: a chain is shorter than 2^32 bytes.
+            last.len += part.len;
+        } else {
+            self.parts.push(part);
+        }
     }
 
     /// Moves readable bytes from `parts` to `copy` until that has `len` bytes or there are no more.

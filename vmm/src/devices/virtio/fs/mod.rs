@@ -5,10 +5,14 @@
 //! * [`pool`] - the threads that serve its queues.
 //! * [`frame`] - a request brought from the guest's chain into the shape the server takes.
 //! * [`share`] - the server and its settings.
+//! * [`descriptors`] - how many host descriptors each share may hold.
+//! * [`counters`] - what is counted.
 //!
 //! The share is given as a descriptor; the guest reaches what is below it, and of mounts below it those in this process's mount
 //! namespace.
 
+mod counters;
+mod descriptors;
 mod frame;
 mod pool;
 mod share;
@@ -20,11 +24,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use kvrun_vmm_api::FsCache;
 use kvrun_vmm_api::config::MAX_FS_TAG;
 use rustix::fs::{FileType, fstat};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use self::counters::Counters;
+use self::descriptors::Allotment;
 use self::pool::Pool;
 use self::share::{Share, ShareSource};
 use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
@@ -55,6 +63,18 @@ pub enum FsError {
     },
 }
 
+/// How a directory is shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsOptions {
+    /// Refuse every change.
+    pub read_only: bool,
+    /// What the guest may keep without asking again.
+    pub cache: FsCache,
+    /// Let the guest write data out later. Nothing on a share that is read-only.
+    pub writeback: bool,
+}
+
 /// The file system device.
 pub struct Fs {
     config: [u8; CONFIG_LEN],
@@ -62,6 +82,7 @@ pub struct Fs {
     /// Opened ahead, for the first activation.
     share: Option<Share>,
     pool: Option<Pool>,
+    counters: Arc<Counters>,
 }
 
 impl Fs {
@@ -69,7 +90,17 @@ impl Fs {
     ///
     /// # Errors
     /// [`FsError`].
-    pub fn new(root: OwnedFd, tag: &str, read_only: bool) -> Result<Self, FsError> {
+    pub fn new(root: OwnedFd, tag: &str, options: FsOptions) -> Result<Self, FsError> {
+        let descriptors = Allotment::new().map_err(|source| FsError::Open { tag: tag.to_owned(), source })?;
+        Self::with_descriptors(root, tag, options, descriptors)
+    }
+
+    fn with_descriptors(
+        root: OwnedFd,
+        tag: &str,
+        options: FsOptions,
+        descriptors: Allotment,
+    ) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > MAX_FS_TAG || tag.contains('\0') {
             return Err(FsError::Tag(tag.to_owned()));
         }
@@ -78,12 +109,12 @@ impl Fs {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Err(FsError::NotADirectory(tag.to_owned()));
         }
-        let source = Arc::new(ShareSource::new(root, read_only).map_err(failed)?);
+        let source = Arc::new(ShareSource::new(root, options, descriptors).map_err(failed)?);
         let share = Some(pool::open(&source).map_err(failed)?);
         let mut config = [0; CONFIG_LEN];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[MAX_FS_TAG..].copy_from_slice(&1u32.to_le_bytes());
-        Ok(Self { config, source, share, pool: None })
+        Ok(Self { config, source, share, pool: None, counters: Arc::default() })
     }
 }
 
@@ -116,7 +147,8 @@ impl VirtioDevice for Fs {
             None => pool::open(&self.source).map_err(failed)?,
         };
         let Activation { mem, interrupt, .. } = activation;
-        let pool = Pool::start(self.source.clone(), share, mem, queues.into(), interrupt).map_err(failed)?;
+        let (source, counters) = (self.source.clone(), self.counters.clone());
+        let pool = Pool::start(source, share, mem, queues.into(), interrupt, counters).map_err(failed)?;
         self.pool = Some(pool);
         Ok(())
     }
@@ -124,5 +156,21 @@ impl VirtioDevice for Fs {
     fn reset(&mut self) {
         // Ends the session too: open files and inodes go with the share.
         self.pool = None;
+    }
+
+    fn pause(&mut self) {
+        if let Some(pool) = &self.pool {
+            pool.pause();
+        }
+    }
+
+    fn resume(&mut self) {
+        if let Some(pool) = &self.pool {
+            pool.resume();
+        }
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.report()
     }
 }

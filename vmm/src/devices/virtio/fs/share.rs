@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use kvrun_vmm_api::FsCache;
 use rustix::fs::Mode;
-use rustix::process::{Resource, fchdir, getrlimit, umask};
+use rustix::process::{fchdir, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::FileSystem;
@@ -14,14 +15,16 @@ use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use super::FsOptions;
+use super::descriptors::Allotment;
 use super::frame::Request;
 
-/// How long the guest may use a name or attribute without asking again. The guest sees its own changes at once; those made on
-/// the host (an updated volume, a log another process reads and rotates) it sees this much later. Longer saves few requests,
-/// since file data is revalidated on every open anyway; shorter makes every step of every path a request.
-const VALIDITY: Duration = Duration::from_secs(1);
-/// Host descriptors kept back from the guest, for the VMM itself.
-const RESERVED_FDS: u64 = 256;
+/// How long the guest may use a name or attribute without asking again, with [`FsCache::Auto`]. The guest sees its own changes at
+/// once; those made on the host (an updated volume, a log another process reads and rotates) it sees this much later. Longer
+/// saves few requests, since file data is revalidated on every open anyway; shorter makes every step of every path a request.
+const AUTO_VALIDITY: Duration = Duration::from_secs(1);
+/// The same with [`FsCache::Always`]: what virtiofsd itself takes for it.
+const ALWAYS_VALIDITY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A directory the guest may use. Its session state (open files, known inodes) belongs to one activation of the device.
 pub(super) struct Share {
@@ -36,7 +39,8 @@ enum Access {
 /// What a share is made from, as often as the driver starts over.
 pub(super) struct ShareSource {
     root: OwnedFd,
-    read_only: bool,
+    options: FsOptions,
+    descriptors: Allotment,
     /// `/proc/self/fd` and `/proc/self/mountinfo`, opened while they are in sight.
     proc_fds: File,
     proc_mountinfo: File,
@@ -47,10 +51,11 @@ impl ShareSource {
     ///
     /// # Errors
     /// When /proc is not what it should be.
-    pub(super) fn new(root: OwnedFd, read_only: bool) -> io::Result<Self> {
+    pub(super) fn new(root: OwnedFd, options: FsOptions, descriptors: Allotment) -> io::Result<Self> {
         Ok(Self {
             root,
-            read_only,
+            options,
+            descriptors,
             proc_fds: File::open("/proc/self/fd")?,
             proc_mountinfo: File::open("/proc/self/mountinfo")?,
         })
@@ -82,17 +87,23 @@ impl ShareSource {
     }
 
     fn open_with(&self, inode_file_handles: InodeFileHandlesMode) -> io::Result<Share> {
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let FsOptions { read_only, cache, writeback } = self.options;
+        let (cache_policy, validity) = match cache {
+            FsCache::Never => (CachePolicy::Never, Duration::ZERO),
+            // Close-to-open: cached data is dropped when a file is opened.
+            FsCache::Auto => (CachePolicy::Auto, AUTO_VALIDITY),
+            FsCache::Always => (CachePolicy::Always, ALWAYS_VALIDITY),
+        };
         let config = Config {
             root_dir: ".".to_owned(),
             proc_sfd_rawfd: Some(self.proc_fds.try_clone()?),
             proc_mountinfo_rawfd: Some(self.proc_mountinfo.try_clone()?),
-            entry_timeout: VALIDITY,
-            attr_timeout: VALIDITY,
-            // Close-to-open: cached data is dropped when a file is opened and has changed on the host.
-            cache_policy: CachePolicy::Auto,
-            // The host writes to volumes too, and with write-back its changes would be overwritten.
-            writeback: false,
+            entry_timeout: validity,
+            attr_timeout: validity,
+            cache_policy,
+            // Without a cache a file can be mapped all the same: programs are.
+            allow_mmap: true,
+            writeback: writeback && !read_only,
             xattr: true,
             posix_acl: NegotiationMode::Auto,
             // The root file system and volumes mounted below it have inode numbers in common.
@@ -104,10 +115,10 @@ impl ShareSource {
             allow_direct_io: false,
             // The server drops set-user-ID bits and capabilities itself, so that the guest need not ask before every write.
             killpriv_v2: true,
-            guest_fd_limit: limit.saturating_sub(RESERVED_FDS).max(RESERVED_FDS),
+            guest_fd_limit: self.descriptors.descriptors(),
             ..Config::default()
         };
-        let server = if self.read_only {
+        let server = if read_only {
             Access::ReadOnly(Server::new(PassthroughFsRo::new(config)?))
         } else {
             Access::ReadWrite(Server::new(PassthroughFs::new(config)?))
@@ -117,19 +128,18 @@ impl ShareSource {
 }
 
 impl Share {
-    /// Handles one request; says how many bytes of an answer are in the guest's buffers. A request that is not even well-formed
-    /// FUSE has none.
-    pub(super) fn handle(&self, request: Request<'_>) -> u32 {
-        let Request { reader, writer, room } = request;
-        let answered = match &self.server {
+    /// Handles one request; says how long its answer is, which may not all have fitted. A request that is not even well-formed FUSE
+    /// has none.
+    pub(super) fn handle(&self, request: Request<'_>) -> Option<usize> {
+        let Request { reader, writer } = request;
+        match &self.server {
             Access::ReadWrite(server) => handle(server, reader, writer),
             Access::ReadOnly(server) => handle(server, reader, writer),
-        };
-        u32::try_from(answered).map_or(room, |answered| answered.min(room))
+        }
     }
 }
 
-fn handle<F: FileSystem + Sync>(server: &Server<F>, reader: Reader<'_>, writer: Writer<'_>) -> usize {
+fn handle<F: FileSystem + Sync>(server: &Server<F>, reader: Reader<'_>, writer: Writer<'_>) -> Option<usize> {
     // The third argument is for DAX mappings, which this version of the server does not do.
-    server.handle_message::<()>(reader, writer, None).unwrap_or(0)
+    server.handle_message::<()>(reader, writer, None).ok()
 }

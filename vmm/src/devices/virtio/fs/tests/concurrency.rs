@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::super::pool::MAX_THREADS;
+use super::super::pool::{MAX_THREADS, REST};
 use super::*;
 
 /// Linux include/uapi/asm-generic/fcntl.h.
@@ -153,4 +153,106 @@ fn no_request_is_lost() {
             guest.driver.release(mark);
         }
     });
+}
+
+#[test]
+fn a_pause_waits_for_requests_in_flight() {
+    in_each_mode(|mut guest| {
+        let leased = Leased::new(&guest, "slow");
+        let slow = guest.lookup(ROOT, "slow").unwrap().node;
+        let head = open_later(&mut guest, slow);
+        guest.driver.kick_if_wanted(REQUESTS);
+        leased.wait_for_opener();
+        std::thread::scope(|scope| {
+            let fs = &mut guest.fs;
+            let pause = scope.spawn(move || fs.pause());
+            // The request ends only with the lease, and the pause only with the request.
+            drop(leased);
+            pause.join().unwrap();
+        });
+        assert_eq!(guest.driver.pop_used(REQUESTS), Some((head, 32)));
+        guest.fs.resume();
+    });
+}
+
+#[test]
+fn nothing_is_taken_while_paused_and_nothing_is_lost() {
+    in_each_mode(|mut guest| {
+        for _ in 0..50 {
+            let mark = guest.driver.mark();
+            let attributes = guest.message(op::GETATTR, ROOT, &[0; 16]);
+            let segments = [guest.driver.readable(&attributes), guest.driver.writable(ROOM)];
+            // Some before the pause, which may be in flight when it comes, and some after it.
+            for _ in 0..5 {
+                guest.driver.add(REQUESTS, &segments);
+                guest.driver.kick_if_wanted(REQUESTS);
+            }
+            guest.fs.pause();
+            guest.fs.pause();
+            let mut answered = 0;
+            while guest.driver.pop_used(REQUESTS).is_some() {
+                answered += 1;
+            }
+            for _ in 0..5 {
+                guest.driver.add(REQUESTS, &segments);
+                guest.driver.kick(REQUESTS);
+            }
+            std::thread::yield_now();
+            assert_eq!(guest.driver.pop_used(REQUESTS), None);
+            guest.fs.resume();
+            guest.fs.resume();
+            for _ in answered..10 {
+                assert_eq!(guest.driver.wait_used(REQUESTS).1, 16 + 104);
+            }
+            guest.driver.release(mark);
+        }
+    });
+}
+
+#[test]
+fn a_reset_ends_a_pause() {
+    let mut guest = Guest::mounted(false);
+    guest.fs.pause();
+    guest.fs.reset();
+    guest.fs.resume();
+    guest.fs.activate(guest.driver.activation(0)).unwrap();
+    guest.init();
+}
+
+#[test]
+fn threads_come_with_requests_that_block_and_go_when_they_are_not_needed() {
+    let mut guest = Guest::mounted(false);
+    let threads = |guest: &Guest| guest.fs.pool.as_ref().unwrap().threads();
+    let leased: Vec<_> = (0..3).map(|i| Leased::new(&guest, &format!("slow{i}"))).collect();
+    for (i, leased) in leased.iter().enumerate() {
+        let node = guest.lookup(ROOT, &format!("slow{i}")).unwrap().node;
+        open_later(&mut guest, node);
+        guest.driver.kick_if_wanted(REQUESTS);
+        leased.wait_for_opener();
+    }
+    assert_eq!(threads(&guest), 4);
+    drop(leased);
+    let rest = std::time::Duration::from_secs(REST.tv_sec as u64);
+    let start = std::time::Instant::now();
+    while threads(&guest) > 1 {
+        assert!(start.elapsed() < rest * 10, "{} threads are left", threads(&guest));
+        std::thread::yield_now();
+    }
+    assert!(start.elapsed() >= rest / 2, "they were gone at once");
+    // The one that is left serves, and more come again when they are needed.
+    for _ in 0..3 {
+        assert_eq!(guest.driver.wait_used(REQUESTS).1, 32);
+    }
+    let leased = Leased::new(&guest, "slow");
+    let node = guest.lookup(ROOT, "slow").unwrap().node;
+    open_later(&mut guest, node);
+    guest.driver.kick_if_wanted(REQUESTS);
+    leased.wait_for_opener();
+    let attributes = guest.message(op::GETATTR, ROOT, &[0; 16]);
+    let segments = [guest.driver.readable(&attributes), guest.driver.writable(ROOM)];
+    let other = guest.driver.add(REQUESTS, &segments);
+    guest.driver.kick_if_wanted(REQUESTS);
+    assert_eq!(guest.driver.wait_used(REQUESTS).0, other);
+    drop(leased);
+    assert_eq!(guest.driver.wait_used(REQUESTS).1, 32);
 }

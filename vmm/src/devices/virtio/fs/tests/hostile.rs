@@ -79,7 +79,7 @@ fn names_do_not_leave_the_directory_they_are_in() {
     fs::create_dir_all(outside.path().join("share/sub")).unwrap();
     fs::write(outside.path().join("share/mine"), "").unwrap();
     let root = OwnedFd::from(fs::File::open(outside.path().join("share")).unwrap());
-    guest.fs = Fs::new(root, "share", false).unwrap();
+    guest.fs = share(root, options(false), DESCRIPTORS);
     guest.fs.activate(guest.driver.activation(0)).unwrap();
     guest.init();
     let mine = guest.lookup(ROOT, "mine").unwrap().node;

@@ -4,18 +4,23 @@
 //! * [`read_write`] - what a guest does to a share.
 //! * [`read_only`] - what it cannot do to one that is read-only.
 //! * [`hostile`] - what it should not do.
-//! * [`concurrency`] - requests that block, and resets meanwhile.
+//! * [`concurrency`] - requests that block, and resets and pauses meanwhile.
+//! * [`settings`] - what the settings of a share change; what is counted.
 
 mod concurrency;
 mod hostile;
 mod read_only;
 mod read_write;
+mod settings;
 
 use std::os::fd::OwnedFd;
 
 use tempfile::TempDir;
 
-use super::{Fs, QUEUE_SIZES};
+use kvrun_vmm_api::FsCache;
+
+use super::descriptors::Allotment;
+use super::{Fs, FsOptions, QUEUE_SIZES};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::testing::MockDriver;
 
@@ -26,6 +31,9 @@ const REQUESTS: usize = 1;
 /// Room for the longest answer without data.
 const ROOM: usize = 256;
 
+/// How many host descriptors a share may hold.
+const DESCRIPTORS: u64 = 1000;
+
 /// A device over a directory of its own, and a driver for it.
 struct Guest {
     dir: TempDir,
@@ -34,15 +42,29 @@ struct Guest {
     unique: u64,
 }
 
+fn share(root: OwnedFd, options: FsOptions, descriptors: u64) -> Fs {
+    Fs::with_descriptors(root, "share", options, Allotment::of(descriptors)).unwrap()
+}
+
+/// The usual settings.
+fn options(read_only: bool) -> FsOptions {
+    FsOptions { read_only, cache: FsCache::Auto, writeback: false }
+}
+
 /// The answer to a FUSE request: data, or an error number.
 type Answer = Result<Vec<u8>, i32>;
 
 impl Guest {
     /// A share whose session has not begun.
     fn unmounted(read_only: bool) -> Self {
+        Self::with(options(read_only), DESCRIPTORS)
+    }
+
+    /// The same with other settings, and as many host descriptors.
+    fn with(options: FsOptions, descriptors: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let root = OwnedFd::from(std::fs::File::open(dir.path()).unwrap());
-        let mut fs = Fs::new(root, "share", read_only).unwrap();
+        let mut fs = share(root, options, descriptors);
         let mut driver = MockDriver::new(&QUEUE_SIZES);
         fs.activate(driver.activation(0)).unwrap();
         Self { dir, fs, driver, unique: 0 }

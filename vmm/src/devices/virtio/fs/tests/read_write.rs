@@ -205,8 +205,8 @@ fn a_reset_ends_the_session() {
 fn what_cannot_be_shared_is_refused() {
     let open = |path: &str| OwnedFd::from(fs::File::open(path).unwrap());
     let message = |outcome: Result<Fs, super::super::FsError>| outcome.err().unwrap().to_string();
-    assert_eq!(message(Fs::new(open("/dev/null"), "x", false)), "share \"x\" is not a directory");
+    assert_eq!(message(Fs::new(open("/dev/null"), "x", options(false))), "share \"x\" is not a directory");
     for tag in ["", "seven-and-thirty-characters-is-too-lo", "nul\0"] {
-        assert!(message(Fs::new(open("/"), tag, false)).starts_with("tag "), "{tag}");
+        assert!(message(Fs::new(open("/"), tag, options(false))).starts_with("tag "), "{tag}");
     }
 }
