@@ -3,6 +3,7 @@
 //! A device that needs to wait registers a [`Subscriber`]; the loop owns it from then on, so it needs no lock. Other threads
 //! reach the loop through a [`LoopHandle`].
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,7 +20,7 @@ use rustix::io::Errno;
 const BATCH: usize = 64;
 
 /// Something that waits for descriptors on the event loop.
-pub trait Subscriber: Send {
+pub trait Subscriber: Any + Send {
     /// Called once on the loop's thread before any event: register the descriptors to wait for.
     ///
     /// # Errors
@@ -30,7 +31,7 @@ pub trait Subscriber: Send {
     /// same batch changed what it stands for; so treat it as a hint.
     fn ready(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>);
 
-    /// Called once on the loop's thread when the subscriber is taken back: deregister every descriptor that has duplicates
+    /// Called once on the loop's thread when the subscriber is taken back, or when it could not subscribe: deregister every descriptor that has duplicates
     /// (KVM holds one of each ioeventfd), for only the last close(2) ends the kernel's watch.
     fn unsubscribe(&mut self, registry: &Registry<'_>);
 }
@@ -108,6 +109,12 @@ impl LoopHandle {
         let (reply, answer) = sync_channel(1);
         self.send(Command::Remove(id, reply));
         answer.recv().ok().flatten()
+    }
+
+    /// As [`LoopHandle::remove`], for who knows what it was: a device that is paused keeps its part, and gives it back later.
+    pub fn take<T: Subscriber>(&self, id: SubscriberId) -> Option<Box<T>> {
+        let subscriber: Box<dyn Any> = self.remove(id)?;
+        subscriber.downcast().ok()
     }
 
     /// Ends the loop; [`EventLoop::run`] returns after the events at hand.
@@ -192,6 +199,9 @@ impl EventLoop {
                     let outcome = subscriber.subscribe(&registry);
                     if outcome.is_ok() {
                         self.subscribers.insert(id.0, subscriber);
+                    } else {
+                        // What it did register may have duplicates, which would wake the loop for nobody ever after.
+                        subscriber.unsubscribe(&registry);
                     }
                     let _ = reply.send(outcome);
                 }

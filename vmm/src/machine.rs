@@ -227,13 +227,19 @@ impl Machine {
         Ok(())
     }
 
-    /// Holds all vCPUs.
+    /// Holds all vCPUs, then brings every device to rest: in this order, for a vCPU may be about to kick a device. Idempotent.
     pub fn pause(&self) {
         self.vcpus.pause();
+        for slot in &self.slots {
+            slot.pause();
+        }
     }
 
-    /// Lets them run.
+    /// Lets devices and vCPUs go on. Idempotent.
     pub fn resume(&self) {
+        for slot in &self.slots {
+            slot.resume();
+        }
         self.vcpus.resume();
     }
 

@@ -21,8 +21,10 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::state::QueueConfig;
 use super::{
-    Activation, DeviceRequest, DeviceRequestError, GuestRam, InterruptLine, VirtQueue, VirtioDevice,
+    Activation, DeviceRequest, DeviceRequestError, GuestRam, InterruptLine, SlotState, VirtQueue,
+    VirtioDevice,
 };
 use crate::bus::BusDevice;
 use crate::locked;
@@ -143,6 +145,12 @@ impl MmioSlot {
         }
     }
 
+    /// What the slot and its device, which is paused, would need to go on elsewhere. `None` if it is empty, or its device is of a kind
+    /// that cannot be saved.
+    pub fn save(&self) -> Option<SlotState> {
+        self.lock().as_ref()?.save()
+    }
+
     /// What the device, if any, has counted.
     pub fn metrics(&self) -> Option<DeviceMetrics> {
         self.lock().as_ref().map(|transport| DeviceMetrics {
@@ -215,16 +223,6 @@ struct QueueRegisters {
     max_size: u16,
     config: QueueConfig,
     kick: EventFd,
-}
-
-/// What the driver has configured of one queue, not checked yet.
-#[derive(Clone, Copy, Default)]
-struct QueueConfig {
-    size: u32,
-    ready: bool,
-    desc_table: u64,
-    avail_ring: u64,
-    used_ring: u64,
 }
 
 impl QueueRegisters {
@@ -443,6 +441,20 @@ impl Transport {
         self.driver_features_select = 0;
         self.driver_features = 0;
         self.queue_select = 0;
+    }
+
+    fn save(&self) -> Option<SlotState> {
+        Some(SlotState {
+            status: self.status,
+            broken: self.interrupt.broken.load(Ordering::Acquire),
+            interrupt_status: self.interrupt.status.load(Ordering::Acquire),
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            queue_select: self.queue_select,
+            queues: self.queues.iter().map(|queue| queue.config).collect(),
+            device: self.device.save()?,
+        })
     }
 
     fn has(&self, bit: u32) -> bool {

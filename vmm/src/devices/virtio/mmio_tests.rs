@@ -5,7 +5,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::devices::virtio::{ActivateError, read_config_bytes};
+use crate::devices::virtio::rng::RngState;
+use crate::devices::virtio::{ActivateError, DeviceState, QueuePosition, SavedDevice, read_config_bytes};
 
 /// What the probe device was told, in order.
 #[derive(Debug, PartialEq)]
@@ -48,6 +49,10 @@ impl VirtioDevice for Probe {
         self.calls.send(Call::Activated { features: activation.features, queues }).unwrap();
         self.interrupt.send(activation.interrupt).unwrap();
         Ok(())
+    }
+    fn save(&self) -> Option<SavedDevice> {
+        let queues = vec![Some(QueuePosition { next_avail: 7, next_used: 5 }), None];
+        Some(SavedDevice { queues, state: DeviceState::Rng(RngState {}) })
     }
     fn reset(&mut self) {
         // The transport of a dropped test has no listener any more.
@@ -312,4 +317,40 @@ fn broken_device_complains_once() {
     interrupt.needs_reset(&cause);
     interrupt.needs_reset(&cause);
     assert_eq!(bench.read(reg::STATUS), 0xf | VIRTIO_CONFIG_S_NEEDS_RESET);
+}
+
+#[test]
+fn saved_slot_has_all_the_driver_has_written() {
+    let bench = Bench::new();
+    bench.start();
+    bench.write(reg::QUEUE_SEL, 1);
+    bench.write(reg::DEVICE_FEATURES_SEL, 1);
+    bench.interrupts.try_recv().unwrap().signal_queue(0);
+    let saved = bench.slot.save().unwrap();
+    let queue = |size, base| QueueConfig {
+        size,
+        ready: true,
+        desc_table: base,
+        avail_ring: base + 0x2000,
+        used_ring: base + 0x4000,
+    };
+    let expected = SlotState {
+        status: 0xf,
+        broken: false,
+        interrupt_status: 1,
+        device_features_select: 1,
+        driver_features_select: 1,
+        driver_features: 1 << VIRTIO_F_VERSION_1 | 1 << 5,
+        queue_select: 1,
+        queues: vec![queue(128, 0x1_0000), queue(64, 0x2_0000)],
+        device: SavedDevice {
+            queues: vec![Some(QueuePosition { next_avail: 7, next_used: 5 }), None],
+            state: DeviceState::Rng(RngState {}),
+        },
+    };
+    assert_eq!(saved, expected);
+    let text = serde_json::to_string(&saved).unwrap();
+    assert_eq!(serde_json::from_str::<SlotState>(&text).unwrap(), saved);
+    bench.slot.empty().unwrap();
+    assert_eq!(bench.slot.save(), None);
 }

@@ -2,16 +2,21 @@
 //!
 //! * this file - the contract between a device and its transport: [`VirtioDevice`], [`Activation`], [`InterruptLine`].
 //! * [`queue`] - a virtqueue as devices see it: every index and length the guest chose checked before use.
+//! * [`state`] - what a slot and its device would need to go on elsewhere.
+//! * [`loop_part`] - the part of a device that works on the event loop; [`counter`] - what devices count with.
 //! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
 //! * `blk`, `fs`, `rng`, `vsock` - the devices.
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
 pub mod blk;
+pub(crate) mod counter;
 pub mod fs;
+pub(crate) mod loop_part;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod vsock;
@@ -24,6 +29,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use queue::{QueueError, VirtQueue};
+pub use state::{DeviceState, QueuePosition, SavedDevice, SlotState};
 
 /// Memory of the guest, shared by everything that reads or writes it.
 pub type GuestRam = Arc<GuestMemoryMmap<()>>;
@@ -63,11 +69,17 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self);
 
     /// Brings all work on the queues to rest, requests in flight included, as [`VirtioDevice::reset`] does, but forgets nothing:
-    /// [`VirtioDevice::resume`] goes on where it stopped. Called while the vCPUs are held. Does nothing on an inactive or a paused device.
+    /// [`VirtioDevice::resume`] goes on where it stopped, or [`VirtioDevice::reset`] ends it. Called while the vCPUs are held. Does
+    /// nothing on an inactive or a paused device.
     fn pause(&mut self) {}
 
     /// Goes on after [`VirtioDevice::pause`]; kicks that arrived meanwhile count. Does nothing on a device that is not paused.
     fn resume(&mut self) {}
+
+    /// What it would need to go on elsewhere. Called on a paused or an inactive device; `None` for a kind that cannot be saved.
+    fn save(&self) -> Option<SavedDevice> {
+        None
+    }
 
     /// What the device has counted since it was made, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -12,7 +12,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::GuestRam;
+use super::{GuestRam, QueuePosition};
 
 /// A chain of descriptors taken from the available ring.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
@@ -73,6 +73,11 @@ impl VirtQueue {
     /// Its size in descriptors.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// How far the device has come in it.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
     /// The descriptor the driver's kicks arrive at: wait for it to be readable, then [`VirtQueue::clear_kick`].

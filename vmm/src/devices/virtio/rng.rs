@@ -8,12 +8,17 @@ use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Address, Bytes};
 
+use super::counter::Counter;
+use super::loop_part::LoopPart;
 use super::queue::{Chain, QueueError};
-use super::{ActivateError, Activation, GuestRam, InterruptLine, VirtQueue, VirtioDevice};
-use crate::event_loop::{LoopHandle, Registry, Subscriber, SubscriberId};
+use super::{
+    ActivateError, Activation, DeviceState, GuestRam, InterruptLine, SavedDevice, VirtQueue, VirtioDevice,
+};
+use crate::event_loop::{LoopHandle, Registry, Subscriber};
 
 /// Linux keeps one buffer in flight; more would be spent on nothing.
 const QUEUE_SIZES: [u16; 1] = [16];
@@ -26,14 +31,25 @@ const SLICE: usize = 256;
 
 /// The entropy device.
 pub struct Rng {
-    events: LoopHandle,
-    active: Option<SubscriberId>,
+    source: LoopPart<Source>,
+    counters: Arc<Counters>,
+}
+
+/// What there is to save of it beside its queue: nothing, which is as it should be with random numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngState {}
+
+#[derive(Default)]
+struct Counters {
+    requests: Counter,
+    bytes: Counter,
 }
 
 impl Rng {
     /// A device that works on this event loop.
     pub fn new(events: LoopHandle) -> Self {
-        Self { events, active: None }
+        Self { source: LoopPart::new(events), counters: Arc::default() }
     }
 }
 
@@ -61,20 +77,43 @@ impl VirtioDevice for Rng {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let [queue] = activation.take_queues()?;
-        let source = Source { queue, mem: activation.mem, interrupt: activation.interrupt };
-        let id = self
-            .events
-            .add(Box::new(source))
-            .map_err(|source| ActivateError::Host { what: "wait for entropy requests", source })?;
-        self.active = Some(id);
-        Ok(())
+        let source = Source {
+            queue,
+            mem: activation.mem,
+            interrupt: activation.interrupt,
+            counters: self.counters.clone(),
+            broken: false,
+        };
+        self.source.start(Box::new(source)).map_err(wait_error)
     }
 
     fn reset(&mut self) {
-        if let Some(id) = self.active.take() {
-            self.events.remove(id);
+        self.source.stop();
+    }
+
+    fn pause(&mut self) {
+        self.source.pause();
+    }
+
+    fn resume(&mut self) {
+        let interrupt = self.source.paused().map(|source| source.interrupt.clone());
+        if let (Err(e), Some(interrupt)) = (self.source.resume(), interrupt) {
+            interrupt.needs_reset(&wait_error(e));
         }
     }
+
+    fn save(&self) -> Option<SavedDevice> {
+        let queues = self.source.paused().map(|source| vec![Some(source.queue.position())]);
+        Some(SavedDevice { queues: queues.unwrap_or_default(), state: DeviceState::Rng(RngState {}) })
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("requests", self.counters.requests.get()), ("bytes", self.counters.bytes.get())]
+    }
+}
+
+fn wait_error(source: io::Error) -> ActivateError {
+    ActivateError::Host { what: "wait for entropy requests", source }
 }
 
 /// The device's part on the event loop.
@@ -82,6 +121,9 @@ struct Source {
     queue: VirtQueue,
     mem: GuestRam,
     interrupt: Arc<dyn InterruptLine>,
+    counters: Arc<Counters>,
+    /// The driver broke the rules: deaf until the reset.
+    broken: bool,
 }
 
 impl Source {
@@ -94,6 +136,8 @@ impl Source {
             let head = chain.head_index();
             let written = fill(&self.mem, chain, &mut budget);
             self.queue.add_used(&self.mem, head, written)?;
+            self.counters.requests.add(1);
+            self.counters.bytes.add(written.into());
             served = true;
         }
         if served && self.queue.needs_interrupt(&self.mem)? {
@@ -105,6 +149,9 @@ impl Source {
 
 impl Subscriber for Source {
     fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
+        if self.broken {
+            return Ok(());
+        }
         registry.add(self.queue.kick(), 0, EventFlags::IN)
     }
 
@@ -116,7 +163,8 @@ impl Subscriber for Source {
             Ok(true) => self.queue.kick_again(),
             Err(reason) => {
                 self.interrupt.needs_reset(&reason);
-                // Deaf until the reset. Deleting what was added cannot fail.
+                self.broken = true;
+                // Deleting what was added cannot fail.
                 let _ = registry.delete(self.queue.kick());
             }
         }
@@ -163,6 +211,7 @@ fn fill(mem: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::QueuePosition;
     use crate::devices::virtio::testing::{Hostile, MockDriver};
     use crate::event_loop::EventLoop;
 
@@ -264,6 +313,53 @@ mod tests {
     }
 
     #[test]
+    fn paused_device_waits_and_tells_its_position() {
+        with_rng(|rng, driver| {
+            let unstarted = rng.save().unwrap();
+            assert_eq!(unstarted.queues, []);
+            activate(rng, driver);
+            for pauses in 1..=2 {
+                let buffer = driver.writable(16);
+                driver.add(0, &[buffer]);
+                driver.kick(0);
+                assert_eq!(driver.wait_used(0).1, 16);
+                rng.pause();
+                rng.pause();
+                driver.add(0, &[buffer]);
+                driver.kick(0);
+                let position = QueuePosition { next_avail: pauses * 2 - 1, next_used: pauses * 2 - 1 };
+                assert_eq!(rng.save().unwrap().queues, [Some(position)]);
+                assert!(driver.pop_used(0).is_none());
+                rng.resume();
+                rng.resume();
+                assert_eq!(driver.wait_used(0).1, 16);
+            }
+            assert_eq!(rng.counters(), [("requests", 4), ("bytes", 64)]);
+            // A reset ends a paused device, too.
+            rng.pause();
+            rng.reset();
+            rng.resume();
+            assert_eq!(rng.save().unwrap(), unstarted);
+            activate(rng, driver);
+        });
+    }
+
+    #[test]
+    fn broken_device_stays_deaf_across_a_pause() {
+        with_rng(|rng, driver| {
+            activate(rng, driver);
+            driver.jump_avail_idx(0);
+            driver.kick(0);
+            driver.interrupt.wait_reset();
+            rng.pause();
+            driver.kick(0);
+            rng.resume();
+            rng.pause();
+            assert_eq!(driver.interrupt.resets().len(), 1);
+        });
+    }
+
+    #[test]
     fn needs_its_queue() {
         with_rng(|rng, driver| {
             let mut activation = driver.activation(0);
@@ -289,8 +385,8 @@ mod tests {
                 fn ready(&mut self, _: u32, _: EventFlags, _: &Registry<'_>) {}
                 fn unsubscribe(&mut self, _: &Registry<'_>) {}
             }
-            let id = rng.events.add(Box::new(Idle)).unwrap();
-            rng.events.remove(id);
+            let id = rng.source.events.add(Box::new(Idle)).unwrap();
+            rng.source.events.remove(id);
             assert!(driver.pop_used(0).is_none());
         });
     }

@@ -165,8 +165,16 @@ impl Connection {
     /// that something has changed, and a hang-up be told once.
     pub(super) fn register(&self, registry: &Registry<'_>) -> io::Result<()> {
         match &self.stream {
-            Some(stream) => registry.add(stream, self.token, interest(false)),
+            Some(stream) => registry.add(stream, self.token, interest(self.wants_out)),
             None => Ok(()),
+        }
+    }
+
+    /// Takes that back. Explicitly: the description may live on in a duplicate, and with it the watch.
+    pub(super) fn deregister(&self, registry: &Registry<'_>) {
+        if let Some(stream) = &self.stream {
+            // Fails only if it never was.
+            let _ = registry.delete(stream);
         }
     }
 
@@ -256,6 +264,11 @@ impl Connection {
             }
             Phase::Closing => Verdict::Remove,
         }
+    }
+
+    /// The guest has not answered yet.
+    pub(super) fn is_connecting(&self) -> bool {
+        matches!(self.phase, Phase::Connecting(_))
     }
 
     /// The guest has reset it, and only the host's end still matters.
@@ -395,10 +408,8 @@ impl Connection {
     /// Closes the Unix socket; whoever removes a connection calls this first.
     pub(super) fn close_stream(&mut self, registry: &Registry<'_>) {
         self.backlog = VecDeque::new();
-        if let Some(stream) = self.stream.take() {
-            // Explicitly: the description may live on in a duplicate, and with it the watch. Fails only if it never was.
-            let _ = registry.delete(&stream);
-        }
+        self.deregister(registry);
+        self.stream = None;
     }
 
     fn unsent_shutdown(&self) -> u32 {

@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
 use super::stream::HostStream;
+use crate::devices::virtio::counter::Counter;
 use crate::locked;
 
 /// How many connect requests may wait for the event loop.
@@ -46,12 +47,14 @@ pub enum ConnectError {
 
 /// What the device must remember to be saved and restored; connections do not outlive a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct VsockState {
-    pub(super) guest_cid: u32,
+#[serde(deny_unknown_fields)]
+pub struct VsockState {
+    /// The guest's context identifier.
+    pub guest_cid: u32,
     /// Ports the guest may still connect to.
-    pub(super) listen: BTreeSet<u32>,
+    pub listen: BTreeSet<u32>,
     /// The port of the next connection the host makes.
-    pub(super) next_host_port: u32,
+    pub next_host_port: u32,
 }
 
 impl VsockState {
@@ -103,11 +106,38 @@ pub(super) struct ConnectRequest {
     pub(super) pending: PendingConnect,
 }
 
+/// What the device has counted since it was made.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) connections_from_guest: Counter,
+    pub(super) connections_to_guest: Counter,
+    pub(super) connections_refused: Counter,
+    pub(super) bytes_from_guest: Counter,
+    pub(super) bytes_to_guest: Counter,
+    pub(super) packets_from_guest: Counter,
+    pub(super) packets_to_guest: Counter,
+}
+
+impl Counters {
+    pub(super) fn list(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("connections_from_guest", self.connections_from_guest.get()),
+            ("connections_to_guest", self.connections_to_guest.get()),
+            ("connections_refused", self.connections_refused.get()),
+            ("bytes_from_guest", self.bytes_from_guest.get()),
+            ("bytes_to_guest", self.bytes_to_guest.get()),
+            ("packets_from_guest", self.packets_from_guest.get()),
+            ("packets_to_guest", self.packets_to_guest.get()),
+        ]
+    }
+}
+
 /// What the device, its handles and its part on the event loop have in common. Locks are held for moments and never two at
 /// a time.
 pub(super) struct Shared {
     pub(super) state: Mutex<VsockState>,
     pub(super) accepted: Mutex<Accepted>,
+    pub(super) counters: Counters,
     requests: Mutex<Requests>,
     /// Tells the event loop of new requests.
     pub(super) wake: OwnedFd,
@@ -124,6 +154,7 @@ impl Shared {
         Ok(Self {
             state: Mutex::new(state),
             accepted: Mutex::new(accepted),
+            counters: Counters::default(),
             requests: Mutex::default(),
             wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
         })

@@ -30,12 +30,13 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-pub use handle::{Accepted, ConnectError, Connected, VsockHandle};
-use handle::{Shared, VsockState};
+use handle::Shared;
+pub use handle::{Accepted, ConnectError, Connected, VsockHandle, VsockState};
 use worker::Worker;
 
-use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
-use crate::event_loop::{LoopHandle, SubscriberId};
+use super::loop_part::LoopPart;
+use super::{ActivateError, Activation, DeviceState, SavedDevice, VirtioDevice, read_config_bytes};
+use crate::event_loop::LoopHandle;
 use crate::locked;
 
 /// Receive, transmit, event. Linux fills the receive queue with buffers of 4 KiB at once, so its size is guest memory.
@@ -43,9 +44,8 @@ const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 
 /// The device.
 pub struct Vsock {
-    events: LoopHandle,
     shared: Arc<Shared>,
-    worker: Option<SubscriberId>,
+    worker: LoopPart<Worker>,
 }
 
 impl Vsock {
@@ -63,7 +63,7 @@ impl Vsock {
     ) -> io::Result<(Self, VsockHandle)> {
         let shared = Arc::new(Shared::new(VsockState::new(guest_cid, listen), accepted)?);
         let handle = VsockHandle(shared.clone());
-        Ok((Self { events, shared, worker: None }, handle))
+        Ok((Self { shared, worker: LoopPart::new(events) }, handle))
     }
 }
 
@@ -91,23 +91,46 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        // virtio 1.3 s5.10.6.7: the event queue tells the guest that it has been moved to another host, which never happens
-        // while it runs.
-        let [rx, tx, _event] = activation.take_queues()?;
-        let worker = Worker::new(activation.mem, activation.interrupt, self.shared.clone(), rx, tx);
-        let added = self.events.add(Box::new(worker));
-        let id = added.map_err(|source| ActivateError::Host { what: "watch the queues of vsock", source })?;
-        self.worker = Some(id);
+        let queues = activation.take_queues()?;
+        let worker = Worker::new(activation.mem, activation.interrupt, self.shared.clone(), queues);
+        self.worker.start(Box::new(worker)).map_err(watch_error)?;
+        self.shared.open();
         Ok(())
     }
 
     fn reset(&mut self) {
         self.shared.close();
-        if let Some(id) = self.worker.take() {
-            // Closes the connections, on the loop; without a loop it is gone already.
-            drop(self.events.remove(id));
+        // Closes the connections.
+        self.worker.stop();
+    }
+
+    /// Connections stay as they are: what arrives from either side waits where it is, and so do requests to connect.
+    fn pause(&mut self) {
+        self.worker.pause();
+    }
+
+    fn resume(&mut self) {
+        let interrupt = self.worker.paused().map(Worker::interrupt);
+        if let (Err(e), Some(interrupt)) = (self.worker.resume(), interrupt) {
+            self.shared.close();
+            interrupt.needs_reset(&watch_error(e));
         }
     }
+
+    fn save(&self) -> Option<SavedDevice> {
+        Some(SavedDevice {
+            queues: self.worker.paused().map(Worker::positions).unwrap_or_default(),
+            state: DeviceState::Vsock(locked(self.shared.state.lock()).clone()),
+        })
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.counters.list()
+    }
+}
+
+fn watch_error(source: io::Error) -> ActivateError {
+    ActivateError::Host { what: "watch the queues of vsock", source }
 }
 
 impl Drop for Vsock {

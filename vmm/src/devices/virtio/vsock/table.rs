@@ -4,6 +4,7 @@
 //! and get an RST. A turn is one packet, or one read's worth of data, and then it is the next one's turn.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
@@ -78,6 +79,7 @@ impl Table {
                 })
             };
             let connection = Connection::to_guest(stream, self.fresh_token(), pending);
+            self.shared.counters.connections_to_guest.add(1);
             self.insert(Key { guest_port: port, host_port }, connection, registry);
         }
     }
@@ -100,9 +102,17 @@ impl Table {
             };
         };
         let verdict = match header.op {
-            op::RST => connection.receive_reset(registry),
+            op::RST => {
+                if connection.is_connecting() {
+                    self.shared.counters.connections_refused.add(1);
+                }
+                connection.receive_reset(registry)
+            }
             _ if connection.is_forgotten() => return self.reset_stray(key, header.kind),
-            _ => connection.receive(&header, data, registry),
+            _ => {
+                self.shared.counters.bytes_from_guest.add(data.as_ref().map_or(0, Buffers::len) as u64);
+                connection.receive(&header, data, registry)
+            }
         };
         self.conclude(key, verdict, registry);
     }
@@ -132,32 +142,49 @@ impl Table {
             Some(Turn::Stray(key, kind)) => {
                 self.strays -= 1;
                 let header = Header { kind, op: op::RST, ..self.header(key) };
-                return send(&header, rx, mem);
+                let sent = send(&header, rx, mem)?;
+                self.shared.counters.packets_to_guest.add(sent.into());
+                return Ok(sent);
             }
             Some(Turn::Connection(key)) => key,
         };
         let mut header = self.header(key);
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(false) };
         connection.queued = false;
-        let (sent, verdict) = match connection.next() {
+        let (packets, verdict) = match connection.next() {
             Next::Control(op, flags) => {
                 (header.buf_alloc, header.fwd_cnt) = connection.tell_credit();
                 (header.op, header.flags) = (op, flags);
                 let sent = send(&header, rx, mem)?;
-                (sent, if sent { connection.control_sent(op, flags) } else { Verdict::Keep })
+                let verdict = if sent { connection.control_sent(op, flags) } else { Verdict::Keep };
+                (u64::from(sent), verdict)
             }
-            Next::Data => send_data(connection, header, rx, mem, registry)?,
-            Next::Nothing => (false, Verdict::Keep),
+            Next::Data => {
+                let (packets, bytes, verdict) = send_data(connection, header, rx, mem, registry)?;
+                self.shared.counters.bytes_to_guest.add(bytes);
+                (packets, verdict)
+            }
+            Next::Nothing => (0, Verdict::Keep),
         };
+        self.shared.counters.packets_to_guest.add(packets);
         self.conclude(key, verdict, registry);
-        Ok(sent)
+        Ok(packets > 0)
     }
 
-    /// Closes everything; whoever waits for a connection is answered.
-    pub(super) fn clear(&mut self, registry: &Registry<'_>) {
-        for connection in self.connections.values_mut() {
-            connection.close_stream(registry);
+    /// Watches every connection's Unix socket, which at once reports what is ready.
+    pub(super) fn register(&self, registry: &Registry<'_>) -> io::Result<()> {
+        self.connections.values().try_for_each(|connection| connection.register(registry))
+    }
+
+    /// Watches none of them any more.
+    pub(super) fn deregister(&self, registry: &Registry<'_>) {
+        for connection in self.connections.values() {
+            connection.deregister(registry);
         }
+    }
+
+    /// Closes everything, which is not watched any more; whoever waits for a connection is answered.
+    pub(super) fn clear(&mut self) {
         self.connections.clear();
         self.tokens.clear();
         self.queue.clear();
@@ -173,6 +200,7 @@ impl Table {
         let Ok((ours, theirs)) = HostStream::pair() else { return self.reset_stray(key, TYPE_STREAM) };
         locked(self.shared.state.lock()).listen.remove(&key.host_port);
         let connection = Connection::from_guest(ours, self.fresh_token(), request);
+        self.shared.counters.connections_from_guest.add(1);
         self.insert(key, connection, registry);
         locked(self.shared.accepted.lock())(key.host_port, theirs);
     }
@@ -248,15 +276,15 @@ fn send(header: &Header, rx: &mut VirtQueue, mem: &GuestRam) -> Result<bool, Que
     Ok(true)
 }
 
-/// Reads once from the host, into as many receive buffers as the connection may fill in one turn. Returns whether any was
-/// filled.
+/// Reads once from the host, into as many receive buffers as the connection may fill in one turn. Returns how many packets and
+/// bytes that made.
 fn send_data(
     connection: &mut Connection,
     header: Header,
     rx: &mut VirtQueue,
     mem: &GuestRam,
     registry: &Registry<'_>,
-) -> Result<(bool, Verdict), QueueError> {
+) -> Result<(u64, u64, Verdict), QueueError> {
     let credit = connection.credit() as usize;
     let mut buffers: Vec<(RxBuffer<'_>, usize)> = Vec::with_capacity(connection.burst.into());
     let mut room = Buffers::default();
@@ -278,8 +306,8 @@ fn send_data(
         room.append(data);
     }
     let (mut left, verdict) = connection.read_host(&room, registry);
-    let any = left > 0;
-    let (buf_alloc, fwd_cnt) = if any { connection.tell_credit() } else { (0, 0) };
+    let (mut packets, bytes) = (0, left as u64);
+    let (buf_alloc, fwd_cnt) = if bytes > 0 { connection.tell_credit() } else { (0, 0) };
     for (buffer, capacity) in buffers {
         if left == 0 {
             rx.undo_pop();
@@ -287,7 +315,8 @@ fn send_data(
         }
         let len = left.min(capacity);
         left -= len;
+        packets += 1;
         buffer.finish(&Header { op: op::RW, len: len as u32, buf_alloc, fwd_cnt, ..header }, rx, mem)?;
     }
-    Ok((any, verdict))
+    Ok((packets, bytes, verdict))
 }

@@ -11,7 +11,7 @@ use rustix::event::epoll::EventFlags;
 use super::handle::Shared;
 use super::packet::TxPacket;
 use super::table::Table;
-use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, VirtQueue};
+use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, QueuePosition, VirtQueue};
 use crate::event_loop::{Registry, Subscriber};
 
 /// Packets taken from the guest per wake-up.
@@ -30,6 +30,8 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     rx: VirtQueue,
     tx: VirtQueue,
+    /// virtio 1.3 s5.10.6.7: tells the guest that it has been moved to another host, which never happens while it runs.
+    event: VirtQueue,
     table: Table,
     /// The driver broke the rules: nothing is done any more until the device is reset.
     broken: bool,
@@ -40,11 +42,20 @@ impl Worker {
         mem: GuestRam,
         interrupt: Arc<dyn InterruptLine>,
         shared: Arc<Shared>,
-        rx: VirtQueue,
-        tx: VirtQueue,
+        [rx, tx, event]: [VirtQueue; 3],
     ) -> Self {
         let table = Table::new(shared.clone());
-        Self { mem, interrupt, shared, rx, tx, table, broken: false }
+        Self { mem, interrupt, shared, rx, tx, event, table, broken: false }
+    }
+
+    /// How to interrupt the guest's driver.
+    pub(super) fn interrupt(&self) -> Arc<dyn InterruptLine> {
+        self.interrupt.clone()
+    }
+
+    /// How far it has come in its queues.
+    pub(super) fn positions(&self) -> Vec<Option<QueuePosition>> {
+        [&self.rx, &self.tx, &self.event].map(|queue| Some(queue.position())).into()
     }
 
     fn work(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>) -> Result<(), QueueError> {
@@ -74,6 +85,7 @@ impl Worker {
                 return self.interrupt_for_tx(used);
             };
             let head = packet.head;
+            self.shared.counters.packets_from_guest.add(1);
             self.table.receive(packet, registry);
             self.tx.add_used(&mem, head, 0)?;
             used = true;
@@ -122,20 +134,23 @@ impl Worker {
     }
 
     fn give_up(&mut self, reason: &QueueError, registry: &Registry<'_>) {
-        self.broken = true;
         self.shared.close();
         self.unsubscribe(registry);
+        self.table.clear();
+        self.broken = true;
         self.interrupt.needs_reset(reason);
     }
 }
 
 impl Subscriber for Worker {
     fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
+        if self.broken {
+            return Ok(());
+        }
         registry.add(self.rx.kick(), RX_KICK, EventFlags::IN)?;
         registry.add(self.tx.kick(), TX_KICK, EventFlags::IN)?;
         registry.add(&self.shared.wake, WAKE, EventFlags::IN)?;
-        self.shared.open();
-        Ok(())
+        self.table.register(registry)
     }
 
     fn ready(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>) {
@@ -149,7 +164,7 @@ impl Subscriber for Worker {
     }
 
     fn unsubscribe(&mut self, registry: &Registry<'_>) {
-        self.table.clear(registry);
+        self.table.deregister(registry);
         // Fails for what is not registered (any more).
         let _ = registry.delete(self.rx.kick());
         let _ = registry.delete(self.tx.kick());

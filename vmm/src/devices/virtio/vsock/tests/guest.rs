@@ -234,6 +234,18 @@ impl Guest {
         sock.tx_cnt = sock.tx_cnt.wrapping_add(data.len() as u32);
     }
 
+    /// Puts data into the transmit queue, which must be within the credit, without waiting for the device to take it.
+    pub(super) fn queue_data(&mut self, sock: &mut Sock, data: &[u8]) -> u16 {
+        let header = Header { len: data.len() as u32, ..sock.header(op::RW) };
+        self.driver.write(self.tx, &header.encode());
+        self.driver.write(self.tx + HEADER_LEN as u64, data);
+        sock.tx_cnt = sock.tx_cnt.wrapping_add(data.len() as u32);
+        let len = (HEADER_LEN + data.len()) as u32;
+        let head = self.driver.add(TX, &[Segment { addr: self.tx, len, writable: false }]);
+        self.driver.kick_if_wanted(TX);
+        head
+    }
+
     /// Ends directions.
     pub(super) fn shutdown(&mut self, sock: &Sock, flags: u32) {
         self.send(&Header { flags, ..sock.header(op::SHUTDOWN) }, b"");

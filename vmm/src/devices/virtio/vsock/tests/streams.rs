@@ -257,7 +257,7 @@ fn credit_request_is_answered() {
 
 /// Sends until the credit is used up, which the host does not read: the socket's own buffer is full, and the rest waits in the
 /// device.
-fn fill(guest: &mut Guest, sock: &mut Sock) -> Vec<u8> {
+pub(super) fn fill(guest: &mut Guest, sock: &mut Sock) -> Vec<u8> {
     let mut all = Vec::new();
     loop {
         let len = sock.credit().min(MAX_DATA);
