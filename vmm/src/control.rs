@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use crate::devices::virtio::DeviceRequest;
 use crate::devices::virtio::vsock::ConnectError;
+use crate::jail::Jail;
 use crate::machine::{Machine, MachineError, exactly};
 
 /// Why serving ended before the machine did.
@@ -31,12 +32,12 @@ pub enum ServeError {
     Poll(#[source] Errno),
 }
 
-/// Boots the machine the first request asks for, and serves requests until it has ended or the socket is closed.
+/// Boots the machine the first request asks for, in the process's jail, and serves requests until it has ended or the socket is closed.
 ///
 /// # Errors
 /// [`ServeError`]; the machine, if any, has been stopped by then. That the machine could not be booted is not an error here: the
 /// refusal has been sent.
-pub fn serve(channel: Channel) -> Result<(), ServeError> {
+pub fn serve(channel: Channel, jail: Jail) -> Result<(), ServeError> {
     let channel = Arc::new(channel);
     let Some(Received { message: ToVmm { id, request }, fds }) = channel.receive()? else { return Ok(()) };
     let Request::Boot(config) = request else { return Err(ServeError::NotBoot) };
@@ -47,7 +48,8 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
             let _ = channel.send(&FromVmm::Event(Event::VsockAccepted { port }), &[stream.as_fd()]);
         }
     };
-    let mut machine = match exactly(fds).and_then(|fds| Machine::boot(&config, fds, Box::new(accepted))) {
+    let mut machine = match exactly(fds).and_then(|fds| Machine::boot(&config, fds, jail, Box::new(accepted)))
+    {
         Ok(machine) => machine,
         Err(e) => return Ok(reply(&channel, id, Err(e.into()))?),
     };

@@ -3,7 +3,8 @@
 //! `kvrun-vmm` gets one inherited descriptor, the control socket, and runs one machine for as long as that socket is
 //! open. In reading order:
 //!
-//! * [`control`] - the control socket served: requests in, replies and events out. `main` only calls this.
+//! * [`jail`] - namespaces, an empty root, no privileges: what the process can still reach. Built before anything else.
+//! * [`control`] - the control socket served: requests in, replies and events out. `main` calls these two.
 //! * [`machine`] - a booted machine: memory, vCPUs, buses, slots; built from a `VmConfig`.
 //! * [`arch`] - what is particular to the processor: boot protocol, CPUID, MSRs, interrupt tables.
 //! * [`memory`] - guest memory.
@@ -25,6 +26,7 @@ pub mod check;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod rate_limiter;

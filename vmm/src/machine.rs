@@ -25,6 +25,7 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
+use crate::jail::Jail;
 use crate::memory::{self, MemoryError};
 use crate::thread::{self, Class};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
@@ -68,6 +69,9 @@ pub enum MachineError {
     /// A block device.
     #[error("cannot attach the block device")]
     Blk(#[from] BlkError),
+    /// A shared directory, but the engine gave the process none to share.
+    #[error("there is no share: the process was started without one")]
+    NoShare,
     /// A shared directory.
     #[error("cannot attach the shared directory")]
     Fs(#[from] FsError),
@@ -106,7 +110,9 @@ impl From<MachineError> for RequestError {
             | MachineError::Blk(_)
             | MachineError::Fs(_) => Self::Invalid(message),
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
-            MachineError::BootedAlready | MachineError::NoSuchDevice(_) => Self::Precondition(message),
+            MachineError::BootedAlready | MachineError::NoSuchDevice(_) | MachineError::NoShare => {
+                Self::Precondition(message)
+            }
             MachineError::Slot { source: SlotError::Device(DeviceRequestError::Range { .. }), .. } => {
                 Self::Invalid(message)
             }
@@ -139,6 +145,7 @@ pub struct Machine {
     console: Arc<Console>,
     marks: Arc<BootMarks>,
     event_loop: EventLoopThread,
+    jail: Jail,
 }
 
 impl Machine {
@@ -146,7 +153,12 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left of the attempt.
-    pub fn boot(config: &VmConfig, fds: [OwnedFd; 3], accepted: Accepted) -> Result<Self, MachineError> {
+    pub fn boot(
+        config: &VmConfig,
+        fds: [OwnedFd; 3],
+        jail: Jail,
+        accepted: Accepted,
+    ) -> Result<Self, MachineError> {
         check_ranges(config)?;
         let [kvm, kernel, initramfs] = fds;
         // SAFETY: the descriptor was handed over by the engine as that of /dev/kvm and is owned here alone. (On any other
@@ -179,7 +191,7 @@ impl Machine {
                 .map_err(host("make the vsock device"))?;
 
         let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
-        let machine = Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop };
+        let machine = Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop, jail };
         machine.fill(VSOCK_SLOT, Box::new(vsock))?;
         machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
         machine.vcpus.resume();
@@ -193,10 +205,11 @@ impl Machine {
     pub fn attach(&self, slot: u8, device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
         self.free_slot(slot)?;
         let device: Box<dyn VirtioDevice> = match device {
-            DeviceConfig::Fs { tag, read_only, cache, writeback } => {
+            DeviceConfig::Fs { directory, tag, read_only, cache, writeback } => {
                 in_range("length of the tag", tag.len() as u64, 1..=MAX_FS_TAG as u64)?;
-                let [directory] = exactly(fds)?;
-                Box::new(Fs::new(directory, &tag, FsOptions { read_only, cache, writeback })?)
+                let [] = exactly(fds)?;
+                let share = self.jail.share().ok_or(MachineError::NoShare)?;
+                Box::new(Fs::new(share, &directory, &tag, FsOptions { read_only, cache, writeback })?)
             }
             DeviceConfig::Blk { read_only, serial, queues: _, limit: _ } => {
                 in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;

@@ -1,15 +1,17 @@
 //! `kvrun-vmm`: one virtual machine, for as long as its control socket is open.
 //!
-//! Started by the pod engine with the control socket as its only descriptor beside 0, 1 and 2. `--check` and `--version` are for people
+//! Started by the pod engine with the control socket, and what is shared with the guest, as its only descriptors beside 0, 1 and
+//! 2. It jails itself first and then does what the socket says. `--check` and `--version` are for people
 //! (by way of `kvrun check` and `kvrun env`).
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use kvrun_vmm::{check, control};
-use kvrun_vmm_api::{CONTROL_FD, Channel};
-use rustix::process::{Resource, Rlimit};
+use kvrun_vmm::{check, control, jail};
+use kvrun_vmm_api::{CONTROL_FD, Channel, SHARE_FD};
+use rustix::io::FdFlags;
 
 fn main() -> ExitCode {
     match run() {
@@ -36,29 +38,22 @@ fn run() -> anyhow::Result<ExitCode> {
 
 fn serve() -> anyhow::Result<()> {
     log::set_logger(&StderrLogger).map(|()| log::set_max_level(log::LevelFilter::Warn)).context("logger")?;
-    let socket = rustix::io::fcntl_getfd(borrowed_control())
-        .map(|_| {
-            // SAFETY: the descriptor is open (just asked), and by the contract with the pod engine it is the control socket,
-            // handed to this process alone; nothing else here uses its number.
-            unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }
-        })
-        .with_context(|| {
-            format!("no control socket at descriptor {CONTROL_FD}; kvrun-vmm is started by kvrun")
-        })?;
-    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).context("control socket")?;
-
-    // The file server holds one descriptor per file the guest has open.
-    let files = rustix::process::getrlimit(Resource::Nofile);
-    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
-        .context("cannot raise the limit of open files")?;
-
-    control::serve(Channel::from(socket))?;
+    let socket = inherited(CONTROL_FD).with_context(|| {
+        format!("no control socket at descriptor {CONTROL_FD}; kvrun-vmm is started by kvrun")
+    })?;
+    let jail = jail::enter(inherited(SHARE_FD).ok())?;
+    control::serve(Channel::from(socket), jail)?;
     Ok(())
 }
 
-fn borrowed_control() -> rustix::fd::BorrowedFd<'static> {
+/// A descriptor that the engine has given to this process; to be called once for each number, before any other is opened.
+fn inherited(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: used for fcntl(2) only, which answers EBADF if nothing is open under the number.
-    unsafe { rustix::fd::BorrowedFd::borrow_raw(CONTROL_FD) }
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    rustix::io::fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+    // SAFETY: the descriptor is open (just asked), and by the contract with the pod engine it was handed to this process alone; nothing
+    // else here uses its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Prints the findings as JSON; the exit code tells whether all hold.
@@ -69,8 +64,8 @@ fn report_check() -> anyhow::Result<ExitCode> {
 }
 
 fn report(text: &str) -> anyhow::Result<()> {
-    use std::io::Write;
-    writeln!(std::io::stdout(), "{text}").context("standard output")
+    use io::Write;
+    writeln!(io::stdout(), "{text}").context("standard output")
 }
 
 /// Warnings and errors of this program, a line each, on standard error, where the pod engine reads them. Not those of libraries: what

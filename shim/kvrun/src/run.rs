@@ -111,14 +111,14 @@ pub(crate) fn run(global: &Global, args: &RunArgs, log: &Log) -> Result<u8, RunE
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     runtime.block_on(async {
         let signals = signals.listen().map_err(host("listen for signals"))?;
-        let starting = Starting::spawn(&assets, pod::machine(size))?;
+        let starting = Starting::spawn(&assets, pod::machine(size), share.directory())?;
         // While the guest boots.
         let spec = share.add(&id, &bundle)?;
         let stdio = stdio(terminal.is_some()).map_err(host("duplicate standard input and output"))?;
         let mut early = Vec::new();
         let started = tokio::select! {
             biased;
-            started = start(starting, &share, &id, &spec, stdio, args.pid_file.as_deref()) => started?,
+            started = start(starting, &id, &spec, stdio, args.pid_file.as_deref()) => started?,
             signal = aborted(&signals, &mut early) => return Ok(128_u8.saturating_add(signal? as u8)),
         };
         let raw = terminal.as_ref().map(Terminal::raw).transpose();
@@ -152,13 +152,12 @@ fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// From a booting machine to a running container.
 async fn start(
     starting: Starting,
-    share: &Share,
     id: &ContainerId,
     spec: &kvrun_pod::bundle::Spec,
     stdio: Stdio,
     pid_file: Option<&Path>,
 ) -> Result<(Pod, Container), RunError> {
-    let pod = starting.ready(share).await?;
+    let pod = starting.ready().await?;
     let container = pod.create(id, spec, stdio).await?;
     if let Some(path) = pid_file {
         write_pid_file(path).map_err(|source| RunError::PidFile { path: path.to_owned(), source })?;

@@ -18,7 +18,7 @@ use crate::agent::{Agent, AgentError};
 use crate::assets::Assets;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
-use crate::share::{GUEST_SHARE_DIR, SHARE_TAG, Share};
+use crate::share::{GUEST_SHARE_DIR, SHARE_TAG};
 use crate::size::VmSize;
 use crate::stdio::{Planned, Stdio};
 use crate::sys;
@@ -138,13 +138,16 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Starts the VMM and sends it the machine ([`machine`]), without waiting for either. Must be called in a tokio runtime.
+    /// Starts the VMM with the share and sends it the machine ([`machine`]), without waiting for either. Must be called in a
+    /// tokio runtime.
+    ///
+    /// `share` may be any directory of this process's mount namespace.
     ///
     /// # Errors
     /// [`PodError`].
-    pub fn spawn(assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
+    pub fn spawn(assets: &Assets, config: VmConfig, share: BorrowedFd<'_>) -> Result<Self, PodError> {
         let kvm = open_kvm()?;
-        Self::boot(Vmm::spawn(&assets.vmm.path)?, &kvm, assets, config)
+        Self::boot(Vmm::spawn(&assets.vmm.path, Some(share))?, &kvm, assets, config)
     }
 
     fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
@@ -159,15 +162,7 @@ impl Starting {
     ///
     /// # Errors
     /// [`PodError`]; the machine is then killed.
-    pub async fn ready(self, share: &Share) -> Result<Pod, PodError> {
-        self.ready_with(share.directory()).await
-    }
-
-    /// As [`Starting::ready`], with any directory as the share.
-    ///
-    /// # Errors
-    /// As [`Starting::ready`].
-    pub async fn ready_with(self, share: BorrowedFd<'_>) -> Result<Pod, PodError> {
+    pub async fn ready(self) -> Result<Pod, PodError> {
         let Self { vmm, booting, ready, kernel } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(end) => PodError::Died(end),
@@ -175,12 +170,13 @@ impl Starting {
         })?;
         // The share is in its slot before the agent is there to bind it.
         let device = DeviceConfig::Fs {
+            directory: ".".to_owned(),
             tag: SHARE_TAG.to_owned(),
             read_only: false,
             cache: FsCache::Auto,
             writeback: false,
         };
-        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[share]).await?) };
+        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[]).await?) };
         let answering = async {
             timeout(READY_TIMEOUT, ready.accepted()).await.map_err(|_| PodError::NotReady)??;
             tracing::debug!("the agent answers");

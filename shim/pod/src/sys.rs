@@ -47,16 +47,25 @@ pub(crate) fn kvm_api_version(kvm: impl AsFd) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// In the child of a fork: `control` becomes descriptor `target`, and everything above it is closed by the coming exec.
-///
-/// `control` must be above `target`. Async-signal-safe.
-pub(crate) fn keep_one_descriptor(control: i32, target: i32) -> io::Result<()> {
-    // SAFETY: plain system calls on numbers; `target` belongs to nobody in the child, which execs or exits next.
-    let result = unsafe { libc::dup2(control, target) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
+/// Has the children of this thread start in a PID namespace of their own, all in one.
+pub(crate) fn unshare_pid_namespace_of_children() -> io::Result<()> {
+    // SAFETY: CLONE_NEWPID does not unshare the table of descriptors, which is what makes the call unsafe.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWPID) }.map_err(Into::into)
+}
+
+/// In the child of a fork: each descriptor gets its target number, and everything above the last target is closed by the coming
+/// exec. Targets ascend, and every descriptor is above all targets. Async-signal-safe.
+pub(crate) fn keep_descriptors(kept: &[(i32, i32)]) -> io::Result<()> {
+    let mut first = 0;
+    for (descriptor, target) in kept {
+        // SAFETY: plain system calls on numbers; the target belongs to nobody in the child, which execs or exits next.
+        let result = unsafe { libc::dup2(*descriptor, *target) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        first = target.unsigned_abs() + 1;
     }
-    let (first, last) = (target.unsigned_abs() + 1, u32::MAX);
+    let last = u32::MAX;
     // SAFETY: as above; CLOSE_RANGE_CLOEXEC only sets flags.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -61,7 +61,7 @@ async fn boot(stage: &Stage) -> Result<Boot> {
     };
 
     let spawned = now_ns();
-    let vmm = Vmm::spawn(&stage.vmm)?;
+    let vmm = Vmm::spawn(&stage.vmm, None)?;
     let agent_up = vmm.expect(READY_PORT);
     vmm.boot(config, kvm.as_fd(), kernel.as_fd(), initramfs.as_fd())?.running().await?;
     agent_up.accepted().await?;

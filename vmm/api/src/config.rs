@@ -68,8 +68,11 @@ pub struct VcpuConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, tag = "type", rename_all = "snake_case")]
 pub enum DeviceConfig {
-    /// virtio-fs over a directory. One descriptor: the directory.
+    /// virtio-fs over a directory of the share ([`SHARE_FD`](crate::SHARE_FD)). No descriptor: one of the engine's mount namespace
+    /// would lead out of the VMM's jail, by `..`.
     Fs {
+        /// Its path from there, `.` for the share itself. Without `..` and symbolic links.
+        directory: String,
         /// The tag by which the guest mounts it, at most [`MAX_FS_TAG`] bytes.
         tag: String,
         /// Refuse every change, whatever the guest's mount options say.

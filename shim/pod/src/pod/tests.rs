@@ -242,9 +242,7 @@ fn asset() -> Asset {
 async fn boot(behaviour: impl FnOnce(FakeVmm) + Send + 'static) -> Result<Pod, PodError> {
     let assets = Assets { kernel: asset(), initramfs: asset(), vmm: asset() };
     let size = VmSize { vcpus: VcpuConfig { boot: 1, max: 1 }, memory_mib: 128 };
-    let starting = Starting::boot(fake(behaviour), &asset().file, &assets, machine(size))?;
-    let directory = File::open("/").unwrap();
-    starting.ready_with(directory.as_fd()).await
+    Starting::boot(fake(behaviour), &asset().file, &assets, machine(size))?.ready().await
 }
 
 fn id() -> ContainerId {

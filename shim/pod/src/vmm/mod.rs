@@ -1,6 +1,6 @@
 //! The VMM process and its control socket.
 //!
-//! * [`process`] starts it, with nothing but `/dev/null`, a pipe for its complaints and the control socket.
+//! * [`process`] starts it, with nothing but `/dev/null`, a pipe for its complaints, the control socket and the share.
 //! * This file speaks the control protocol ([`kvrun_vmm_api`]) with it: requests go out from whoever has a [`Vmm`], one task reads
 //!   replies and events.
 //! * [`end`] watches for its death, of which the pidfd is the final authority, and says why it died.
@@ -139,14 +139,14 @@ impl GuestConnection {
 }
 
 impl Vmm {
-    /// Starts the program. Must be called in a tokio runtime.
+    /// Starts the program, with the directory it may share with its guest, if any. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// [`VmmError::Spawn`].
-    pub fn spawn(program: &Path) -> Result<Self, VmmError> {
+    pub fn spawn(program: &Path, share: Option<BorrowedFd<'_>>) -> Result<Self, VmmError> {
         let spawn_error = |source| VmmError::Spawn { path: program.to_owned(), source };
         let (channel, theirs) = Channel::pair()?;
-        let child = process::spawn(program, &theirs.into()).map_err(spawn_error)?;
+        let child = process::spawn(program, &theirs.into(), share).map_err(spawn_error)?;
         Self::over(channel, child).map_err(spawn_error)
     }
 

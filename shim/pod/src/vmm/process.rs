@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
 
-use kvrun_vmm_api::CONTROL_FD;
+use kvrun_vmm_api::{CONTROL_FD, SHARE_FD};
 use nix::sys::signal::SigSet;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
@@ -15,6 +16,9 @@ use rustix::process::{
 };
 
 use crate::sys;
+
+/// The stack of the thread that starts a child, in bytes.
+const SPAWN_STACK: usize = 128 * 1024;
 
 /// A child that was started and not yet waited for.
 #[derive(Debug)]
@@ -25,24 +29,28 @@ pub(super) struct Child {
     pub(super) stderr: OwnedFd,
 }
 
-/// Starts `program` with an empty environment, `control` as descriptor [`CONTROL_FD`], a pipe as standard error, `/dev/null` as
-/// standard input and output, and no other descriptor.
-pub(super) fn spawn(program: &Path, control: &OwnedFd) -> io::Result<Child> {
-    // Two descriptors must not be on the number the control socket is to have: the socket itself (dup2 onto itself would leave it
+/// Starts `program` as process 1 of a new PID namespace, with an empty environment, `control` as descriptor [`CONTROL_FD`],
+/// `share`, if there is one, as [`SHARE_FD`], a pipe as standard error, `/dev/null` as standard input and output, and no other
+/// descriptor.
+pub(super) fn spawn(program: &Path, control: &OwnedFd, share: Option<BorrowedFd<'_>>) -> io::Result<Child> {
+    // Two descriptors must not be on the numbers these are to have: they themselves (dup2 onto itself would leave them
     // close-on-exec), and the pipe by which the standard library reports a failed exec (it would be overwritten). So
-    // that number and those below it are taken while the child is made.
+    // those numbers and all below are taken while the child is made.
+    let last = SHARE_FD;
     let mut placeholders = vec![File::open("/dev/null")?];
-    while placeholders.last().is_some_and(|f| f.as_raw_fd() <= CONTROL_FD) {
+    while placeholders.last().is_some_and(|f| f.as_raw_fd() <= last) {
         placeholders.push(File::open("/dev/null")?);
     }
-    let control = rustix::io::fcntl_dupfd_cloexec(control, CONTROL_FD + 1)?;
+    let control = rustix::io::fcntl_dupfd_cloexec(control, last + 1)?;
+    let share = share.map(|share| rustix::io::fcntl_dupfd_cloexec(share, last + 1)).transpose()?;
     let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&stderr, true)?;
 
     let mut command = Command::new(program);
     command.arg0("kvrun-vmm").env_clear().current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(theirs));
-    let control_fd = control.as_raw_fd();
+    let mut kept = vec![(control.as_raw_fd(), CONTROL_FD)];
+    kept.extend(share.as_ref().map(|share| (share.as_raw_fd(), SHARE_FD)));
     // SAFETY: the closure only makes async-signal-safe system calls and does not allocate.
     unsafe {
         command.pre_exec(move || {
@@ -51,14 +59,26 @@ pub(super) fn spawn(program: &Path, control: &OwnedFd) -> io::Result<Child> {
             rustix::process::setsid()?;
             // We may have blocked signals to read them from a descriptor; a mask survives exec.
             SigSet::empty().thread_set_mask()?;
-            sys::keep_one_descriptor(control_fd, CONTROL_FD)
+            sys::keep_descriptors(&kept)
         });
     }
-    let child = command.spawn()?;
+    let child = in_new_pid_namespace(|| command.spawn())?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
     // The child is not reaped yet, so its number is still its own.
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     Ok(Child { pidfd, stderr })
+}
+
+/// Calls `spawn` on a thread whose children are in a PID namespace of their own. A thread of its own, because what it has
+/// unshared is not given back: it could not start threads any more.
+fn in_new_pid_namespace<T: Send>(spawn: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let spawning = thread::Builder::new().stack_size(SPAWN_STACK).spawn_scoped(scope, || {
+            sys::unshare_pid_namespace_of_children()?;
+            spawn()
+        })?;
+        spawning.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// How a process ended.

@@ -244,14 +244,14 @@ fn dropping_the_last_handle_kills_and_reaps() {
 #[test]
 fn program_that_cannot_be_started_is_named() {
     run(async {
-        let error = Vmm::spawn(Path::new("/no/such/vmm")).unwrap_err();
+        let error = Vmm::spawn(Path::new("/no/such/vmm"), None).unwrap_err();
         assert!(error.to_string().contains("/no/such/vmm"));
         assert!(matches!(error, VmmError::Spawn { .. }));
     });
 }
 
 #[test]
-fn real_child_has_the_control_socket_and_nothing_else() {
+fn real_child_is_process_one_and_has_two_descriptors_and_nothing_else() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("vmm");
@@ -260,17 +260,19 @@ fn real_child_has_the_control_socket_and_nothing_else() {
         rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty()).unwrap();
         std::fs::write(
             &program,
-            "#!/bin/sh\ncd /proc/self/fd && for fd in *; do echo \"$fd $(readlink /proc/$$/fd/$fd)\" >&2; done; env >&2\n",
+            "#!/bin/sh\ncd /proc/self/fd && for fd in *; do echo \"$fd $(readlink $fd)\" >&2; done; echo \"process $$\" >&2; env >&2\n",
         )
         .unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let vmm = Vmm::spawn(&program).unwrap();
+        let share = std::fs::File::open("/usr").unwrap();
+        let vmm = Vmm::spawn(&program, Some(share.as_fd())).unwrap();
         let end = vmm.ended().await;
         let text = &end.stderr_tail;
         assert!(
             text.contains("0 /dev/null") && text.contains("1 /dev/null") && text.contains("3 socket:"),
             "{text}"
         );
+        assert!(text.contains("4 /usr\n") && text.contains("process 1\n"), "{text}");
         assert!(!text.contains("/dev/zero") && !text.contains("HOME="), "{text}");
     });
 }

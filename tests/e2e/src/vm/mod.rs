@@ -91,8 +91,8 @@ impl Machine {
 
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let pod = runtime.block_on(async {
-            let starting = Starting::spawn(&assets(test)?, config)?;
-            anyhow::Ok(starting.ready_with(share.as_fd()).await?)
+            let starting = Starting::spawn(&assets(test)?, config, share.as_fd())?;
+            anyhow::Ok(starting.ready().await?)
         })?;
         Ok(Self { pod, runtime, rootfs, scripts: AtomicUsize::new(0) })
     }

@@ -8,8 +8,8 @@
 //! * [`descriptors`] - how many host descriptors each share may hold.
 //! * [`counters`] - what is counted.
 //!
-//! The share is given as a descriptor; the guest reaches what is below it, and of mounts below it those in this process's mount
-//! namespace.
+//! The directory is one of the share of this process's jail, and the server does not run without one ([`crate::jail`]): the guest
+//! reaches what is below it, and of mounts below it those in the jail's mount namespace.
 
 mod counters;
 mod descriptors;
@@ -21,12 +21,10 @@ mod share;
 mod tests;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvrun_vmm_api::FsCache;
 use kvrun_vmm_api::config::MAX_FS_TAG;
-use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -36,6 +34,7 @@ use self::descriptors::Allotment;
 use self::pool::Pool;
 use self::share::{Share, ShareSource};
 use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::jail;
 
 /// The hiprio queue and one request queue. Linux limits a request to what its queue holds without indirect descriptors, and the
 /// server takes 1 MiB: 256 pages and a few headers.
@@ -49,9 +48,15 @@ pub enum FsError {
     /// The tag must be something to mount by.
     #[error("tag {0:?} of the shared directory is not 1 to {MAX_FS_TAG} bytes without NUL")]
     Tag(String),
-    /// The descriptor is of something else.
-    #[error("share {0:?} is not a directory")]
-    NotADirectory(String),
+    /// It is not a directory of the share.
+    #[error("cannot open the directory {directory:?} of the share")]
+    Directory {
+        /// Its path from there.
+        directory: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The file server did not start.
     #[error("cannot serve the directory of share {tag:?}")]
     Open {
@@ -86,17 +91,18 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Shares the directory `root` refers to under `tag`.
+    /// Shares a directory of `share`, named by its path from there, under `tag`.
     ///
     /// # Errors
     /// [`FsError`].
-    pub fn new(root: OwnedFd, tag: &str, options: FsOptions) -> Result<Self, FsError> {
+    pub fn new(share: &jail::Share, directory: &str, tag: &str, options: FsOptions) -> Result<Self, FsError> {
         let descriptors = Allotment::new().map_err(|source| FsError::Open { tag: tag.to_owned(), source })?;
-        Self::with_descriptors(root, tag, options, descriptors)
+        Self::with_descriptors(share, directory, tag, options, descriptors)
     }
 
     fn with_descriptors(
-        root: OwnedFd,
+        share: &jail::Share,
+        directory: &str,
         tag: &str,
         options: FsOptions,
         descriptors: Allotment,
@@ -105,11 +111,10 @@ impl Fs {
             return Err(FsError::Tag(tag.to_owned()));
         }
         let failed = |source| FsError::Open { tag: tag.to_owned(), source };
-        let stat = fstat(&root).map_err(|e| failed(e.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-            return Err(FsError::NotADirectory(tag.to_owned()));
-        }
-        let source = Arc::new(ShareSource::new(root, options, descriptors).map_err(failed)?);
+        let root = share
+            .open_directory(directory)
+            .map_err(|source| FsError::Directory { directory: directory.to_owned(), source })?;
+        let source = Arc::new(ShareSource::new(share, root, options, descriptors).map_err(failed)?);
         let share = Some(pool::open(&source).map_err(failed)?);
         let mut config = [0; CONFIG_LEN];
         config[..tag.len()].copy_from_slice(tag.as_bytes());

@@ -18,6 +18,7 @@ use virtiofsd::server::Server;
 use super::FsOptions;
 use super::descriptors::Allotment;
 use super::frame::Request;
+use crate::jail;
 
 /// How long the guest may use a name or attribute without asking again, with [`FsCache::Auto`]. The guest sees its own changes at
 /// once; those made on the host (an updated volume, a log another process reads and rotates) it sees this much later. Longer
@@ -41,24 +42,24 @@ pub(super) struct ShareSource {
     root: OwnedFd,
     options: FsOptions,
     descriptors: Allotment,
-    /// `/proc/self/fd` and `/proc/self/mountinfo`, opened while they are in sight.
+    /// `/proc/self/fd` and `/proc/self/mountinfo`, which the jail has kept for this.
     proc_fds: File,
     proc_mountinfo: File,
 }
 
 impl ShareSource {
-    /// Shares the directory `root` refers to.
+    /// Shares the directory `root` refers to, which is one of `share`.
     ///
     /// # Errors
-    /// When /proc is not what it should be.
-    pub(super) fn new(root: OwnedFd, options: FsOptions, descriptors: Allotment) -> io::Result<Self> {
-        Ok(Self {
-            root,
-            options,
-            descriptors,
-            proc_fds: File::open("/proc/self/fd")?,
-            proc_mountinfo: File::open("/proc/self/mountinfo")?,
-        })
+    /// When the process is out of descriptors.
+    pub(super) fn new(
+        share: &jail::Share,
+        root: OwnedFd,
+        options: FsOptions,
+        descriptors: Allotment,
+    ) -> io::Result<Self> {
+        let (proc_fds, proc_mountinfo) = (share.proc_fds()?, share.proc_mountinfo()?);
+        Ok(Self { root, options, descriptors, proc_fds, proc_mountinfo })
     }
 
     /// Makes the calling thread fit to serve this share. The file server changes into directories and changes the umask on the
@@ -82,7 +83,8 @@ impl ShareSource {
     pub(super) fn open(&self) -> io::Result<Share> {
         // A file handle stands for an inode without keeping it open, so that the number of host descriptors does not grow
         // with what the guest has in its caches. File systems without them (overlayfs, mostly) get descriptors, which the server
-        // finds out itself, unless the handle exists and its mount is out of reach.
+        // finds out itself, unless the handle exists and its mount is out of reach. In the jail's user namespace they are for
+        // directories at most (Linux 6.12 fs/fhandle.c, may_decode_fh()), which the server finds out too.
         self.open_with(InodeFileHandlesMode::Prefer).or_else(|_| self.open_with(InodeFileHandlesMode::Never))
     }
 

@@ -23,6 +23,7 @@ use super::descriptors::Allotment;
 use super::{Fs, FsOptions, QUEUE_SIZES};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::testing::MockDriver;
+use crate::jail;
 
 /// The number FUSE gives to the root of the share.
 const ROOT: u64 = 1;
@@ -43,7 +44,8 @@ struct Guest {
 }
 
 fn share(root: OwnedFd, options: FsOptions, descriptors: u64) -> Fs {
-    Fs::with_descriptors(root, "share", options, Allotment::of(descriptors)).unwrap()
+    let share = jail::Share::unjailed(root);
+    Fs::with_descriptors(&share, ".", "share", options, Allotment::of(descriptors)).unwrap()
 }
 
 /// The usual settings.

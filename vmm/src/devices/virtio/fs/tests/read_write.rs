@@ -203,10 +203,18 @@ fn a_reset_ends_the_session() {
 
 #[test]
 fn what_cannot_be_shared_is_refused() {
-    let open = |path: &str| OwnedFd::from(fs::File::open(path).unwrap());
+    let dir = TempDir::new().unwrap();
+    fs::create_dir(dir.path().join("in")).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    symlink("in", dir.path().join("link")).unwrap();
+    let share = jail::Share::unjailed(fs::File::open(dir.path()).unwrap().into());
     let message = |outcome: Result<Fs, super::super::FsError>| outcome.err().unwrap().to_string();
-    assert_eq!(message(Fs::new(open("/dev/null"), "x", options(false))), "share \"x\" is not a directory");
+    Fs::new(&share, "in", "x", options(false)).unwrap();
+    for directory in ["", "file", "link", "none", "..", "in/../..", "/", "nul\0"] {
+        let message = message(Fs::new(&share, directory, "x", options(false)));
+        assert_eq!(message, format!("cannot open the directory {directory:?} of the share"));
+    }
     for tag in ["", "seven-and-thirty-characters-is-too-lo", "nul\0"] {
-        assert!(message(Fs::new(open("/"), tag, options(false))).starts_with("tag "), "{tag}");
+        assert!(message(Fs::new(&share, ".", tag, options(false))).starts_with("tag "), "{tag}");
     }
 }

@@ -1,0 +1,50 @@
+//! What the process may still do as root of its user namespace, and how much of the host it may use.
+
+use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
+
+use super::{JailError, failed};
+
+/// What a file server needs to act for every user of the guest; in the user namespace, so for files of users that are mapped in it and for nothing
+/// else. `CAP_MKNOD` and `CAP_DAC_READ_SEARCH` mean nothing there: device nodes and file handles are for root of the host.
+const FOR_FILES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETFCAP);
+
+/// Gives up every privilege, but for [`FOR_FILES`] if there are files to serve, and everything that could bring one back.
+pub(super) fn drop_all_but_those_for_files(files: bool) -> Result<(), JailError> {
+    // While there is CAP_SETGID.
+    rustix::thread::set_thread_groups(&[]).map_err(failed("leave all groups"))?;
+
+    // The kernel knows more capabilities from time to time, and says EINVAL to those it does not know.
+    for number in 0..64 {
+        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number)) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => break,
+            Err(e) => return Err(failed("bound capabilities")(e)),
+        }
+    }
+    let kept = if files { FOR_FILES } else { CapabilitySet::empty() };
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).map_err(failed("drop capabilities"))?;
+    set_no_new_privs(true).map_err(failed("renounce new privileges"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid core dumps"))?;
+
+    // A core dump would hold guest memory, and queues of messages kernel memory.
+    for resource in [Resource::Core, Resource::Msgqueue] {
+        let none = Rlimit { current: Some(0), maximum: Some(0) };
+        setrlimit(resource, none).map_err(failed("limit resources"))?;
+    }
+    // The file server holds one descriptor per file the guest has open.
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
+        .map_err(failed("raise the limit of open files"))?;
+    Ok(())
+}
