@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use kvrun_vmm_api::config::{
-    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS, MAX_VCPUS,
-    MIN_MEMORY_MIB, RNG_SLOT, VSOCK_SLOT,
+    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_QUEUES, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS,
+    MAX_VCPUS, MIN_MEMORY_MIB, RNG_SLOT, VSOCK_SLOT,
 };
 use kvrun_vmm_api::control::CONSOLE_TAIL;
 use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmMetrics, VmState};
@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{self, ArchError, BootSource};
 use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
-use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::rng::Rng;
@@ -211,10 +211,12 @@ impl Machine {
                 let share = self.jail.share().ok_or(MachineError::NoShare)?;
                 Box::new(Fs::new(share, &directory, &tag, FsOptions { read_only, cache, writeback })?)
             }
-            DeviceConfig::Blk { read_only, serial, queues: _, limit: _ } => {
+            DeviceConfig::Blk { read_only, serial, queues, limit } => {
                 in_range("length of the serial number", serial.len() as u64, 0..=MAX_BLK_SERIAL as u64)?;
+                in_range("number of queues", queues.into(), 1..=MAX_BLK_QUEUES.into())?;
                 let [image] = exactly(fds)?;
-                Box::new(Blk::open(image, read_only, &serial)?)
+                let options = BlkOptions { read_only, serial: &serial, queues, limit };
+                Box::new(Blk::open(image, options)?)
             }
             DeviceConfig::Net { .. }
             | DeviceConfig::Pmem

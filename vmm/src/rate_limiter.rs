@@ -15,7 +15,6 @@
 use std::time::{Duration, Instant};
 
 use kvrun_vmm_api::RateLimit;
-use serde::{Deserialize, Serialize};
 
 /// A burst that is not configured is what goes in this time.
 const DEFAULT_BURST: Duration = Duration::from_millis(100);
@@ -35,14 +34,6 @@ pub struct RateLimiter {
 pub struct Throttled {
     /// When it may, if nothing else goes before it.
     pub until: Instant,
-}
-
-/// What a limiter needs to go on in a copy of its machine. Levels are left out: bursts begin anew there, as after a rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimiterState {
-    /// The limit in force.
-    pub limit: RateLimit,
 }
 
 impl RateLimiter {
@@ -107,16 +98,6 @@ impl RateLimiter {
                 bucket.level = bucket.level.saturating_sub(i128::from(tokens) * TOKEN);
             }
         }
-    }
-
-    /// What is to be saved of it.
-    pub fn save(&self) -> RateLimiterState {
-        RateLimiterState { limit: self.limit }
-    }
-
-    /// The limiter of a saved device.
-    pub fn restore(state: RateLimiterState, now: Instant) -> Self {
-        Self::new(state.limit, now)
     }
 }
 

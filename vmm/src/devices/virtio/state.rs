@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::blk::BlkState;
 use super::rng::RngState;
 use super::vsock::VsockState;
 
@@ -33,6 +34,8 @@ pub struct SavedDevice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum DeviceState {
+    /// virtio-blk.
+    Blk(BlkState),
     /// virtio-rng.
     Rng(RngState),
     /// virtio-vsock.
