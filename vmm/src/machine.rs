@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use kvrun_vmm_api::config::{
-    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_QUEUES, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_SLOTS,
-    MAX_VCPUS, MIN_MEMORY_MIB, RNG_SLOT, VSOCK_SLOT,
+    FIRST_FREE_SLOT, GUEST_CID, MAX_BLK_QUEUES, MAX_BLK_SERIAL, MAX_FS_TAG, MAX_MEMORY_MIB, MAX_NET_MTU,
+    MAX_NET_QUEUE_PAIRS, MAX_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB, MIN_NET_MTU, RNG_SLOT, VSOCK_SLOT,
 };
 use kvrun_vmm_api::control::CONSOLE_TAIL;
 use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmMetrics, VmState};
@@ -21,6 +21,7 @@ use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks,
 use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
+use crate::devices::virtio::net::{Net, NetConfig, NetError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
@@ -75,6 +76,9 @@ pub enum MachineError {
     /// A shared directory.
     #[error("cannot attach the shared directory")]
     Fs(#[from] FsError),
+    /// A link.
+    #[error("cannot attach the link")]
+    Net(#[from] NetError),
     /// Guest memory.
     #[error("cannot get guest memory")]
     Memory(#[from] MemoryError),
@@ -105,10 +109,12 @@ impl From<MachineError> for RequestError {
     fn from(e: MachineError) -> Self {
         let message = whole_chain(&e);
         match e {
+            MachineError::Net(NetError::Threads(_)) => Self::Host(message),
             MachineError::Range { .. }
             | MachineError::Descriptors { .. }
             | MachineError::Blk(_)
-            | MachineError::Fs(_) => Self::Invalid(message),
+            | MachineError::Fs(_)
+            | MachineError::Net(_) => Self::Invalid(message),
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
             MachineError::BootedAlready | MachineError::NoSuchDevice(_) | MachineError::NoShare => {
                 Self::Precondition(message)
@@ -218,10 +224,13 @@ impl Machine {
                 let options = BlkOptions { read_only, serial: &serial, queues, limit };
                 Box::new(Blk::open(image, options)?)
             }
-            DeviceConfig::Net { .. }
-            | DeviceConfig::Pmem
-            | DeviceConfig::Mem
-            | DeviceConfig::Balloon { .. } => {
+            DeviceConfig::Net { mac, mtu, queue_pairs, rx_limit, tx_limit } => {
+                in_range("MTU", mtu.into(), MIN_NET_MTU.into()..=MAX_NET_MTU.into())?;
+                in_range("number of queue pairs", queue_pairs.into(), 1..=MAX_NET_QUEUE_PAIRS.into())?;
+                let config = NetConfig { mac, mtu, queue_pairs, rx_limit, tx_limit };
+                Box::new(Net::open(fds, &config)?)
+            }
+            DeviceConfig::Pmem | DeviceConfig::Mem | DeviceConfig::Balloon { .. } => {
                 return Err(MachineError::NoSuchDevice("device of this kind"));
             }
         };

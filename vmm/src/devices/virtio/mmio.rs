@@ -447,7 +447,7 @@ impl Transport {
         Some(SlotState {
             status: self.status,
             broken: self.interrupt.broken.load(Ordering::Acquire),
-            interrupt_status: self.interrupt.status.load(Ordering::Acquire),
+            interrupt_status: self.interrupt.status(),
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,

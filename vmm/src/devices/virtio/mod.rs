@@ -5,7 +5,7 @@
 //! * [`state`] - what a slot and its device would need to go on elsewhere.
 //! * [`loop_part`] - the part of a device that works on the event loop; [`counter`] - what devices count with.
 //! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
-//! * `blk`, `fs`, `rng`, `vsock` - the devices.
+//! * `blk`, `fs`, `net`, `rng`, `vsock` - the devices.
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
@@ -14,6 +14,7 @@ pub(crate) mod counter;
 pub mod fs;
 pub(crate) mod loop_part;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod state;

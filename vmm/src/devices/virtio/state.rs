@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::blk::BlkState;
+use super::net::NetState;
 use super::rng::RngState;
 use super::vsock::VsockState;
 
@@ -36,6 +37,8 @@ pub struct SavedDevice {
 pub enum DeviceState {
     /// virtio-blk.
     Blk(BlkState),
+    /// virtio-net.
+    Net(NetState),
     /// virtio-rng.
     Rng(RngState),
     /// virtio-vsock.
