@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::blk::BlkState;
+use super::fs::FsState;
 use super::net::NetState;
 use super::rng::RngState;
 use super::vsock::VsockState;
@@ -39,6 +40,8 @@ pub enum DeviceState {
     Blk(BlkState),
     /// virtio-net.
     Net(NetState),
+    /// virtio-fs.
+    Fs(FsState),
     /// virtio-rng.
     Rng(RngState),
     /// virtio-vsock.

@@ -1,14 +1,14 @@
 //! What a file system device counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::devices::virtio::counter::Counter;
 
 /// Counters of one device, over all its activations.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    requests: AtomicU64,
-    errors: AtomicU64,
-    bytes_read: AtomicU64,
-    bytes_written: AtomicU64,
+    requests: Counter,
+    errors: Counter,
+    bytes_read: Counter,
+    bytes_written: Counter,
 }
 
 /// How a request ended, as far as it is counted.
@@ -27,24 +27,22 @@ pub(super) enum Outcome {
 impl Counters {
     /// Counts a request.
     pub(super) fn count(&self, outcome: Outcome) {
-        let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
-        add(&self.requests, 1);
+        self.requests.add(1);
         match outcome {
-            Outcome::Read(bytes) => add(&self.bytes_read, bytes.into()),
-            Outcome::Written(bytes) => add(&self.bytes_written, bytes.into()),
-            Outcome::Error => add(&self.errors, 1),
-            Outcome::Done => 0,
-        };
+            Outcome::Read(bytes) => self.bytes_read.add(bytes.into()),
+            Outcome::Written(bytes) => self.bytes_written.add(bytes.into()),
+            Outcome::Error => self.errors.add(1),
+            Outcome::Done => {}
+        }
     }
 
     /// All of them, by name.
     pub(super) fn report(&self) -> Vec<(&'static str, u64)> {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         vec![
-            ("requests", get(&self.requests)),
-            ("errors", get(&self.errors)),
-            ("bytes_read", get(&self.bytes_read)),
-            ("bytes_written", get(&self.bytes_written)),
+            ("requests", self.requests.get()),
+            ("errors", self.errors.get()),
+            ("bytes_read", self.bytes_read.get()),
+            ("bytes_written", self.bytes_written.get()),
         ]
     }
 }

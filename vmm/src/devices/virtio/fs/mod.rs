@@ -33,7 +33,7 @@ use self::counters::Counters;
 use self::descriptors::Allotment;
 use self::pool::Pool;
 use self::share::{Share, ShareSource};
-use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use super::{ActivateError, Activation, DeviceState, SavedDevice, VirtioDevice, read_config_bytes};
 use crate::jail;
 
 /// The hiprio queue and one request queue. Linux limits a request to what its queue holds without indirect descriptors, and the
@@ -78,6 +78,19 @@ pub struct FsOptions {
     pub cache: FsCache,
     /// Let the guest write data out later. Nothing on a share that is read-only.
     pub writeback: bool,
+}
+
+/// A share where it stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsState {
+    /// By what it is mounted.
+    pub tag: String,
+    /// Its settings.
+    pub options: FsOptions,
+    /// What the file server knows of the guest's inodes and open files, in its own, versioned form: inodes by their paths in the share.
+    /// Empty if the driver has not started the device.
+    pub session: Vec<u8>,
 }
 
 /// The file system device.
@@ -173,6 +186,20 @@ impl VirtioDevice for Fs {
         if let Some(pool) = &self.pool {
             pool.resume();
         }
+    }
+
+    fn save(&self) -> Option<SavedDevice> {
+        let (queues, session) = match &self.pool {
+            Some(pool) => pool
+                .save()
+                .inspect_err(|e| log::warn!("cannot save the session of a shared directory: {e}"))
+                .ok()?,
+            None => Default::default(),
+        };
+        let tag = self.config[..MAX_FS_TAG].split(|byte| *byte == 0).next().unwrap_or_default();
+        let tag = String::from_utf8_lossy(tag).into_owned();
+        let state = FsState { tag, options: self.source.options(), session };
+        Some(SavedDevice { queues, state: DeviceState::Fs(state) })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

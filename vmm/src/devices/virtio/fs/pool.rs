@@ -20,7 +20,7 @@ use super::counters::{Counters, Outcome};
 use super::frame::{BadRequest, Frame};
 use super::share::{Share, ShareSource};
 use crate::devices::virtio::queue::Chain;
-use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, VirtQueue};
+use crate::devices::virtio::{GuestRam, InterruptLine, QueueError, QueuePosition, VirtQueue};
 use crate::locked;
 use crate::thread::{self, Class};
 
@@ -132,6 +132,36 @@ impl Pool {
             // Threads that heard a kick meanwhile have not looked.
             state.queues.iter().for_each(VirtQueue::kick_again);
         }
+    }
+
+    /// How far the queues are, and the session. To be called while paused.
+    ///
+    /// # Errors
+    /// When a thread cannot be had for it, or as [`Share::save`].
+    pub(super) fn save(&self) -> io::Result<(Vec<Option<QueuePosition>>, Vec<u8>)> {
+        let positions =
+            locked(self.shared.state.lock()).queues.iter().map(|queue| Some(queue.position())).collect();
+        let shared = self.shared.clone();
+        let saver = thread::spawn(Class::Fs, "fs", STACK_SIZE, move || {
+            shared.source.enter().and_then(|()| shared.share.save())
+        })?;
+        let session = saver.join().unwrap_or_else(|_| Err(io::Error::other("the file server panicked")))?;
+        Ok((positions, session))
+    }
+
+    /// Goes on with a session.
+    #[cfg(test)]
+    pub(super) fn restore(&self, session: &[u8]) {
+        std::thread::scope(|scope| {
+            let shared = &self.shared;
+            scope
+                .spawn(|| {
+                    shared.source.enter().unwrap();
+                    shared.share.restore(session).unwrap();
+                })
+                .join()
+                .unwrap();
+        });
     }
 
     /// How many threads there are.

@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvrun_vmm_api::FsCache;
-use rustix::fs::Mode;
+use rustix::fs::{MemfdFlags, Mode, memfd_create};
 use rustix::process::{fchdir, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::filesystem::FileSystem;
+use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
@@ -60,6 +62,11 @@ impl ShareSource {
     ) -> io::Result<Self> {
         let (proc_fds, proc_mountinfo) = (share.proc_fds()?, share.proc_mountinfo()?);
         Ok(Self { root, options, descriptors, proc_fds, proc_mountinfo })
+    }
+
+    /// How it is shared.
+    pub(super) fn options(&self) -> FsOptions {
+        self.options
     }
 
     /// Makes the calling thread fit to serve this share. The file server changes into directories and changes the umask on the
@@ -139,6 +146,39 @@ impl Share {
             Access::ReadOnly(server) => handle(server, reader, writer),
         }
     }
+
+    /// The session in the server's own form. To be called on a thread that has [entered](ShareSource::enter) the share, while no
+    /// request is handled.
+    ///
+    /// # Errors
+    /// When an inode cannot be described, or memory is short.
+    pub(super) fn save(&self) -> io::Result<Vec<u8>> {
+        let file = File::from(memfd_create("session", MemfdFlags::CLOEXEC)?);
+        match &self.server {
+            Access::ReadWrite(server) => save(server, file.try_clone()?),
+            Access::ReadOnly(server) => save(server, file.try_clone()?),
+        }?;
+        let mut session = vec![0; file.metadata()?.len() as usize];
+        file.read_exact_at(&mut session, 0)?;
+        Ok(session)
+    }
+
+    /// Goes on with a session that [`Share::save`] gave.
+    #[cfg(test)]
+    pub(super) fn restore(&self, session: &[u8]) -> io::Result<()> {
+        let file = File::from(memfd_create("session", MemfdFlags::CLOEXEC)?);
+        file.write_all_at(session, 0)?;
+        match &self.server {
+            Access::ReadWrite(server) => server.deserialize_and_apply(file),
+            Access::ReadOnly(server) => server.deserialize_and_apply(file),
+        }
+    }
+}
+
+fn save(server: &impl SerializableFileSystem, to: File) -> io::Result<()> {
+    // Nobody cancels it.
+    server.prepare_serialization(Arc::default());
+    server.serialize(to)
 }
 
 fn handle<F: FileSystem + Sync>(server: &Server<F>, reader: Reader<'_>, writer: Writer<'_>) -> Option<usize> {

@@ -6,8 +6,10 @@ use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::super::FsState;
 use super::super::pool::{MAX_THREADS, REST};
 use super::*;
+use crate::devices::virtio::{DeviceState, QueuePosition, SavedDevice};
 
 /// Linux include/uapi/asm-generic/fcntl.h.
 const F_SETSIG: libc::c_int = 10;
@@ -255,4 +257,38 @@ fn threads_come_with_requests_that_block_and_go_when_they_are_not_needed() {
     assert_eq!(guest.driver.wait_used(REQUESTS).0, other);
     drop(leased);
     assert_eq!(guest.driver.wait_used(REQUESTS).1, 32);
+}
+
+#[test]
+fn a_paused_share_tells_what_it_would_need_to_go_on() {
+    let mut guest = Guest::unmounted(false);
+    let state = |guest: &Guest| {
+        let SavedDevice { queues, state: DeviceState::Fs(state) } = guest.fs.save().unwrap() else {
+            panic!("of another kind")
+        };
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<FsState>(&text).unwrap(), state);
+        (queues, state)
+    };
+    guest.init();
+    std::fs::create_dir(guest.dir.path().join("dir")).unwrap();
+    let dir = guest.lookup(ROOT, "dir").unwrap().node;
+    let (file, handle) = guest.create(dir, "file", libc::O_RDWR, 0o600).unwrap();
+    guest.write(file.node, handle, 0, b"content").unwrap();
+    guest.fs.pause();
+    let (queues, saved) = state(&guest);
+    assert_eq!(saved.tag, "share");
+    assert_eq!(saved.options, options(false));
+    let at = |n| Some(QueuePosition { next_avail: n, next_used: n });
+    assert_eq!(queues, [at(0), at(4)]);
+    // It goes on as if nothing had been.
+    guest.fs.resume();
+    assert_eq!(guest.read(file.node, handle, 0, 100).unwrap(), b"content");
+    // And so does another with its session: the same inode, the same open file.
+    guest.fs.reset();
+    assert_eq!(state(&guest), (vec![], FsState { session: vec![], ..saved.clone() }));
+    guest.fs.activate(guest.driver.activation(0)).unwrap();
+    guest.fs.pool.as_ref().unwrap().restore(&saved.session);
+    assert_eq!(guest.read(file.node, handle, 0, 100).unwrap(), b"content");
+    assert_eq!(guest.lookup(dir, "file").unwrap().node, file.node);
 }
