@@ -4,6 +4,7 @@
 //!   the guest ([`boot`]), the log ([`kmsg`]), then the listeners ([`descriptor`]) and the service.
 //! * [`service`] - the RPCs of `agent.proto`: checks a request, calls one of the modules below, and gives errors their code.
 //! * [`slots`], [`mounts`], [`path`] - devices that the VMM attaches, and the file systems on them.
+//! * [`network`] - links, addresses and routes of the guest.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
 //! * [`oci`] - the helper process in which `libcontainer` creates a container, and the agent's end of it.
 //! * [`streams`], [`stdio`] - vsock streams by token, and the pumps between them and a process.
@@ -21,6 +22,7 @@ pub mod descriptor;
 pub mod init;
 pub mod kmsg;
 pub mod mounts;
+pub mod network;
 pub mod oci;
 pub mod path;
 pub mod power;

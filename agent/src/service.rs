@@ -15,7 +15,7 @@ use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
     Empty, GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest,
-    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
+    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use tokio::time::timeout;
@@ -27,6 +27,8 @@ use crate::container::spec::SpecError;
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::descriptor::{Descriptor, Listener};
 use crate::mounts::{Mount, MountError, Mounts};
+use crate::network::plan::Plan;
+use crate::network::{self, NetworkError};
 use crate::oci::create::OciError;
 use crate::oci::error_chain;
 use crate::path::RunPath;
@@ -201,6 +203,13 @@ impl Agent for AgentService {
             RunPath::parse(&request.mount_point).map_err(MountError::from).map_err(Failure::from)?;
         let parts = self.0.clone();
         blocking(move || Ok(parts.mounts.unmount(&mount_point)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_up_network(&self, _: &TtrpcContext, request: SetUpNetworkRequest) -> ttrpc::Result<Empty> {
+        let plan = Plan::parse(&request).map_err(|err| Failure::invalid(err.to_string()))?;
+        let slots = self.0.slots.clone();
+        blocking(move || Ok(network::set_up(&slots, &plan)?)).await?;
         Ok(Empty::new())
     }
 
@@ -407,6 +416,17 @@ impl From<SlotError> for Failure {
             SlotError::Unbind { .. } => Code::INTERNAL,
         };
         Self::new(code, error_chain(&err))
+    }
+}
+
+impl From<NetworkError> for Failure {
+    fn from(err: NetworkError) -> Self {
+        match err {
+            NetworkError::Slot(err) => err.into(),
+            NetworkError::NoInterface(_) | NetworkError::Refused { .. } => {
+                Self::new(Code::FAILED_PRECONDITION, error_chain(&err))
+            }
+        }
     }
 }
 

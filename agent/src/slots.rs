@@ -50,6 +50,12 @@ impl Default for Slots {
 }
 
 impl Slots {
+    /// Those of a sysfs elsewhere.
+    #[cfg(test)]
+    pub(crate) fn under(sysfs: PathBuf) -> Self {
+        Self { sysfs }
+    }
+
     /// Binds the driver, if it is not bound, and gives the name of the block device in the slot, empty where there is none.
     /// The kernel probes in the write itself, so the device is there afterwards.
     ///
@@ -86,6 +92,16 @@ impl Slots {
         }
         fs::write(self.driver().join("unbind"), name(slot))
             .map_err(|source| SlotError::Unbind { slot, source })
+    }
+
+    /// The name of the network interface in a slot; `None` where there is none, or the driver is not bound.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::Unknown`].
+    pub fn interface(&self, slot: u32) -> Result<Option<String>, SlotError> {
+        let virtio = virtio_device(&self.device(slot)?);
+        Ok(virtio.and_then(|virtio| first_entry(&virtio.join("net"), |_| true)))
     }
 
     fn device(&self, slot: u32) -> Result<PathBuf, SlotError> {

@@ -114,6 +114,15 @@ impl Agent {
         bounded("let go of a device", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
+    /// Sets up links, routes and neighbours.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn set_up_network(&self, request: &api::SetUpNetworkRequest) -> Result<(), AgentError> {
+        let call = self.client.set_up_network(Context::default(), request);
+        bounded("set up the network", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
     /// Mounts the virtio-fs with this tag.
     ///
     /// # Errors
