@@ -5,6 +5,7 @@
 //! * [`service`] - the RPCs of `agent.proto`: checks a request, calls one of the modules below, and gives errors their code.
 //! * [`slots`], [`mounts`], [`path`] - devices that the VMM attaches, and the file systems on them.
 //! * [`network`] - links, addresses and routes of the guest.
+//! * [`cpus`] - vCPUs brought online and taken offline.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
 //! * [`oci`] - the helper process in which `libcontainer` creates a container, and the agent's end of it.
 //! * [`streams`], [`stdio`] - vsock streams by token, and the pumps between them and a process.
@@ -18,6 +19,7 @@ pub mod arch;
 pub mod boot;
 pub mod cgroup;
 pub mod container;
+pub mod cpus;
 pub mod descriptor;
 pub mod init;
 pub mod kmsg;

@@ -15,7 +15,8 @@ use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
     Empty, GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest,
-    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, WaitProcessResponse,
+    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
+    WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use tokio::time::timeout;
@@ -25,6 +26,7 @@ use ttrpc::{Code, get_status};
 
 use crate::container::spec::SpecError;
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
+use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
 use crate::mounts::{Mount, MountError, Mounts};
 use crate::network::plan::Plan;
@@ -53,6 +55,7 @@ struct Parts {
     streams: StreamBroker,
     mounts: Mounts,
     slots: Slots,
+    cpus: Cpus,
     power: Arc<Power>,
 }
 
@@ -66,6 +69,7 @@ impl AgentService {
             streams: StreamBroker::default(),
             mounts: Mounts::default(),
             slots: Slots::default(),
+            cpus: Cpus::default(),
             power: Arc::default(),
         }))
     }
@@ -186,6 +190,12 @@ impl Agent for AgentService {
     async fn unbind_slot(&self, _: &TtrpcContext, request: UnbindSlotRequest) -> ttrpc::Result<Empty> {
         let slots = self.0.slots.clone();
         blocking(move || Ok(slots.unbind(request.slot)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> ttrpc::Result<Empty> {
+        let cpus = self.0.cpus.clone();
+        blocking(move || Ok(cpus.set_online(request.online)?)).await?;
         Ok(Empty::new())
     }
 
@@ -427,6 +437,17 @@ impl From<NetworkError> for Failure {
                 Self::new(Code::FAILED_PRECONDITION, error_chain(&err))
             }
         }
+    }
+}
+
+impl From<CpuError> for Failure {
+    fn from(err: CpuError) -> Self {
+        let code = match &err {
+            CpuError::Range { .. } => Code::INVALID_ARGUMENT,
+            CpuError::Change { .. } => Code::FAILED_PRECONDITION,
+            CpuError::List(_) => Code::INTERNAL,
+        };
+        Self::new(code, error_chain(&err))
     }
 }
 

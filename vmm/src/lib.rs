@@ -6,6 +6,7 @@
 //! * [`jail`] - namespaces, an empty root, no privileges: what the process can still reach. Built before anything else.
 //! * [`control`] - the control socket served: requests in, replies and events out. `main` calls these two.
 //! * [`machine`] - a booted machine: memory, vCPUs, buses, slots; built from a `VmConfig`.
+//! * [`state`] - all of it but its memory, to be saved and restored.
 //! * [`arch`] - what is particular to the processor: boot protocol, CPUID, MSRs, interrupt tables.
 //! * [`memory`] - guest memory.
 //! * [`vcpu`] - one thread per vCPU: run, exit, dispatch, pause.
@@ -30,6 +31,7 @@ pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod rate_limiter;
+pub mod state;
 pub mod thread;
 pub mod vcpu;
 

@@ -15,7 +15,7 @@ use kvrun_vmm_api::control::CONSOLE_TAIL;
 use kvrun_vmm_api::{DeviceConfig, ExitReason, RequestError, VmConfig, VmMetrics, VmState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::arch::{self, ArchError, BootSource};
+use crate::arch::{self, ArchError, BootSource, PlatformState, StateLayout};
 use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
 use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
@@ -28,6 +28,7 @@ use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::jail::Jail;
 use crate::memory::{self, MemoryError};
+use crate::state::{MachineState, SaveError};
 use crate::thread::{self, Class};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
 
@@ -152,6 +153,7 @@ pub struct Machine {
     marks: Arc<BootMarks>,
     event_loop: EventLoopThread,
     jail: Jail,
+    layout: StateLayout,
 }
 
 impl Machine {
@@ -174,7 +176,7 @@ impl Machine {
 
         let mem = memory::allocate(config.memory_mib)?;
         let source = BootSource { kernel: &kernel, initramfs: &initramfs, cmdline: &cmdline(config) };
-        let arch::Built { vm, vcpus } = arch::build(&kvm, &mem, &source, config.vcpus)?;
+        let arch::Built { vm, vcpus, layout } = arch::build(&kvm, &mem, &source, config.vcpus)?;
 
         let event_loop = EventLoopThread::spawn()?;
         let exit = Arc::new(ExitSlot::new().map_err(host("make the exit event"))?);
@@ -197,7 +199,8 @@ impl Machine {
                 .map_err(host("make the vsock device"))?;
 
         let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
-        let machine = Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop, jail };
+        let machine =
+            Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop, jail, layout };
         machine.fill(VSOCK_SLOT, Box::new(vsock))?;
         machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
         machine.vcpus.resume();
@@ -267,6 +270,24 @@ impl Machine {
         self.vcpus.resume();
     }
 
+    /// All of the machine but its memory, which must be paused.
+    ///
+    /// # Errors
+    /// [`SaveError`]; the machine is as it was.
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        let vcpus = self.vcpus.save(&self.layout)?;
+        let slots = self.slots.iter().zip(0..).map(|(slot, index)| match slot.save() {
+            None if slot.device_name().is_some() => Err(SaveError::Device(index)),
+            saved => Ok(saved),
+        });
+        Ok(MachineState {
+            slots: slots.collect::<Result<_, _>>()?,
+            console: self.console.save(),
+            vcpus,
+            platform: PlatformState::save(&self.vm)?,
+        })
+    }
+
     /// Passes a request to the device in `slot`.
     ///
     /// # Errors
@@ -287,7 +308,7 @@ impl Machine {
     /// What the machine has counted.
     pub fn metrics(&self) -> VmMetrics {
         VmMetrics {
-            exits: std::iter::once(("all".to_owned(), self.vcpus.exits().iter().sum())).collect(),
+            exits: self.vcpus.exits_by_kind(),
             slots: self.slots.iter().map(|slot| slot.metrics()).collect(),
         }
     }

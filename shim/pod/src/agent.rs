@@ -123,6 +123,16 @@ impl Agent {
         bounded("set up the network", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
+    /// Has so many vCPUs online: 1 to as many as the machine was made with.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn set_cpus(&self, online: u8) -> Result<(), AgentError> {
+        let request = api::SetCpusRequest { online: online.into(), ..Default::default() };
+        let call = self.client.set_cpus(Context::default(), &request);
+        bounded("change its number of CPUs", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
     /// Mounts the virtio-fs with this tag.
     ///
     /// # Errors

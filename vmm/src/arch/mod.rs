@@ -4,6 +4,7 @@
 //! * [`memory_regions`] - where guest memory lies.
 //! * [`build`] - a virtual machine with everything KVM needs to know, its guest loaded, its vCPUs ready to run.
 //! * [`cmdline_for_vcpus`] - what the guest kernel must be told about its vCPUs.
+//! * [`VcpuState`], [`PlatformState`] - what vCPUs and what they share are where they stopped.
 //! * [`NEEDED_CAPABILITIES`] - what KVM must be able to do for all this.
 //! * [`MMIO_BASE`], [`MMIO_END`], [`FIRST_GSI`], [`GSIS`] - where virtio-mmio slots go and which interrupts they have.
 
@@ -12,6 +13,6 @@ pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
-    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, build,
-    cmdline_for_vcpus, memory_regions, vm::NEEDED_CAPABILITIES,
+    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, PlatformState,
+    StateError, StateLayout, VcpuState, build, cmdline_for_vcpus, memory_regions, vm::NEEDED_CAPABILITIES,
 };

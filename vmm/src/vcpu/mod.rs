@@ -1,6 +1,7 @@
 //! One thread per vCPU: run, exit, dispatch, pause.
 //!
 //! * this file - [`VcpuSet`], all vCPUs of the machine as the control thread sees them: pause, resume, stop.
+//! * [`count`] - how often vCPUs left the guest, by kind of exit.
 //! * [`exit`] - [`ExitSlot`], through which the end of the machine reaches the control thread.
 //! * [`run`] - what the thread of a vCPU does.
 //!
@@ -12,11 +13,13 @@
 //! the same happens on the way back. The vCPU clears `immediate_exit` *before* it looks at what is wanted, so a kick that
 //! comes in between is seen by the next `KVM_RUN` (Linux Documentation/virt/kvm/api.rst, `immediate_exit`).
 
+mod count;
 pub mod exit;
 mod run;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -26,10 +29,13 @@ use std::thread::JoinHandle;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::arch::{StateError, StateLayout, VcpuState};
 use crate::bus::Bus;
 use crate::locked;
 use crate::thread::{self, Class};
 
+use count::Counters;
+pub use count::ExitKind;
 pub use exit::ExitSlot;
 pub(crate) use run::internal_error;
 
@@ -57,6 +63,26 @@ pub enum VcpuError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+}
+
+/// The state of vCPUs cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// They are not held.
+    #[error("the vCPUs are not held")]
+    Running,
+    /// One has ended, and the machine with it.
+    #[error("the machine has ended")]
+    Ended,
+    /// KVM refuses.
+    #[error("cannot read the state of vCPU {vcpu}")]
+    State {
+        /// Which vCPU.
+        vcpu: usize,
+        /// Why not.
+        #[source]
+        source: StateError,
     },
 }
 
@@ -98,20 +124,16 @@ struct State {
     want: Want,
     /// How many vCPU threads are not in the guest and will not enter it: parked or ended.
     resting: usize,
+    /// How many of them have ended.
+    ended: usize,
+    /// What parked vCPUs are to do, each once in each round, and how many have yet to.
+    task: Option<Arc<Task>>,
+    round: u64,
+    unfinished: usize,
 }
 
-/// How often a vCPU left the guest, by reason. Written by its thread only.
-#[derive(Debug, Default)]
-struct Counters {
-    exits: AtomicU64,
-}
-
-impl Counters {
-    /// Counts one. A plain load and store: there is one writer.
-    fn count(counter: &AtomicU64) {
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-    }
-}
+/// Something done by each vCPU's thread while the vCPU is held.
+type Task = dyn Fn(usize, &VcpuFd) + Send + Sync;
 
 struct Vcpu {
     /// Ends with the `VcpuFd`, so that the `kvm_run` page outlives every kick.
@@ -139,7 +161,14 @@ impl VcpuSet {
         register_signal_handler(signal, ignore).map_err(|source| VcpuError::Signal { signal, source })?;
 
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { want: Want::Park, resting: 0 }),
+            state: Mutex::new(State {
+                want: Want::Park,
+                resting: 0,
+                ended: 0,
+                task: None,
+                round: 0,
+                unfinished: 0,
+            }),
             wanted: Condvar::new(),
             parked: Condvar::new(),
             exit,
@@ -203,9 +232,56 @@ impl VcpuSet {
         }
     }
 
+    /// Reads the state of every vCPU, in order; they must be held.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn save(&self, layout: &StateLayout) -> Result<Vec<VcpuState>, SaveError> {
+        let states = Arc::new(Mutex::new(BTreeMap::new()));
+        let task = {
+            let (states, layout) = (states.clone(), layout.clone());
+            move |index: usize, fd: &VcpuFd| {
+                let state = VcpuState::save(fd, &layout);
+                locked(states.lock()).insert(index, state);
+            }
+        };
+        self.on_each_held(Arc::new(task))?;
+        let states = std::mem::take(&mut *locked(states.lock()));
+        states
+            .into_iter()
+            .map(|(vcpu, state)| state.map_err(|source| SaveError::State { vcpu, source }))
+            .collect()
+    }
+
+    /// Has the thread of every vCPU do something, for which the vCPU must be held.
+    fn on_each_held(&self, task: Arc<Task>) -> Result<(), SaveError> {
+        let mut state = locked(self.shared.state.lock());
+        if state.want != Want::Park || state.resting < self.vcpus.len() {
+            return Err(SaveError::Running);
+        }
+        if state.ended > 0 {
+            return Err(SaveError::Ended);
+        }
+        state.task = Some(task);
+        state.round += 1;
+        state.unfinished = self.vcpus.len();
+        self.shared.wanted.notify_all();
+        while state.unfinished > 0 {
+            state = locked(self.shared.parked.wait(state));
+        }
+        state.task = None;
+        Ok(())
+    }
+
     /// How often each vCPU left the guest: returns of `KVM_RUN`, whatever for.
     pub fn exits(&self) -> Vec<u64> {
-        self.vcpus.iter().map(|vcpu| vcpu.counters.exits.load(Ordering::Relaxed)).collect()
+        self.vcpus.iter().map(|vcpu| vcpu.counters.total()).collect()
+    }
+
+    /// How often all vCPUs together left the guest, by kind of exit; every kind is there.
+    pub fn exits_by_kind(&self) -> BTreeMap<String, u64> {
+        let sum = |kind| self.vcpus.iter().map(|vcpu| vcpu.counters.get(kind)).sum();
+        ExitKind::ALL.into_iter().map(|kind| (kind.name().to_owned(), sum(kind))).collect()
     }
 
     /// `CLOCK_MONOTONIC` in nanoseconds right before vCPU 0 entered the guest for the first time; 0 before that.

@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use kvrun_vmm_api::ExitReason;
 
-use super::{Counters, Shared, Want};
+use super::{Counters, ExitKind, Shared, Want};
 use crate::{locked, monotonic_ns};
 
 /// Runs the vCPU until it is told to stop, or the machine ends and this vCPU knows. Hands the descriptor back, for the
@@ -23,13 +23,14 @@ pub(super) fn run(
     shared: &Shared,
     counters: &Counters,
 ) -> VcpuFd {
-    let mut wanted = rest(shared);
+    let mut rounds = 0;
+    let mut wanted = rest(index, &fd, shared, &mut rounds);
     if index == 0 {
         shared.first_entry_ns.store(monotonic_ns(), Ordering::Relaxed);
     }
     while wanted {
         let outcome = fd.run();
-        Counters::count(&counters.exits);
+        counters.count(ExitKind::of(&outcome));
         let ended = match outcome {
             Ok(VcpuExit::IoOut(port, data)) => {
                 shared.buses.ports.write(u64::from(port), data);
@@ -71,7 +72,7 @@ pub(super) fn run(
                 libc::EINTR => {
                     // In this order: see the module's documentation.
                     immediate_exit.store(0, Ordering::Relaxed);
-                    wanted = rest(shared);
+                    wanted = rest(index, &fd, shared, &mut rounds);
                     None
                 }
                 libc::EAGAIN => None,
@@ -84,21 +85,46 @@ pub(super) fn run(
         }
     }
     // An ended vCPU is as good as held to whoever pauses the machine.
-    locked(shared.state.lock()).resting += 1;
+    let mut state = locked(shared.state.lock());
+    state.resting += 1;
+    state.ended += 1;
     shared.parked.notify_all();
+    drop(state);
     fd
 }
 
-/// Waits until the vCPUs are wanted in the guest: `true`; or not any more: `false`.
-fn rest(shared: &Shared) -> bool {
+/// Waits until the vCPUs are wanted in the guest: `true`; or not any more: `false`. Does what is asked of a held vCPU meanwhile;
+/// `rounds` is how often that was.
+fn rest(index: usize, fd: &VcpuFd, shared: &Shared, rounds: &mut u64) -> bool {
     let mut state = locked(shared.state.lock());
     state.resting += 1;
     shared.parked.notify_all();
-    while state.want == Want::Park {
-        state = locked(shared.wanted.wait(state));
+    let held = state.want == Want::Park;
+    loop {
+        if let Some(task) = state.task.clone()
+            && *rounds != state.round
+        {
+            *rounds = state.round;
+            drop(state);
+            task(index, fd);
+            state = locked(shared.state.lock());
+            state.unfinished -= 1;
+            shared.parked.notify_all();
+        } else if state.want == Want::Park {
+            state = locked(shared.wanted.wait(state));
+        } else {
+            break;
+        }
     }
     state.resting -= 1;
-    state.want == Want::Run
+    let wanted = state.want == Want::Run;
+    drop(state);
+    if held && wanted {
+        // Tells the guest that it was held, so that its watchdogs do not take the time that has passed for a hang (Linux
+        // Documentation/virt/kvm/api.rst, 4.70). Refused where the guest has no kvmclock (yet), which then has no need of it.
+        let _ = fd.kvmclock_ctrl();
+    }
+    wanted
 }
 
 /// " at RIP ...", if that can be found out.

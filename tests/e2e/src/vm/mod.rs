@@ -12,6 +12,7 @@
 //!
 //! Everything else goes through the same doors as the engine's own pods: [`Machine::pod`] has them.
 
+pub mod kernel;
 mod script;
 
 use std::fs::{self, File};
@@ -207,7 +208,8 @@ impl Machine {
         &self.rootfs
     }
 
-    /// Copies a program of the host, with the shared libraries it names, to where scripts find it by its name.
+    /// Copies a program of the host, with the shared libraries it names, to `/bin` of scripts; one of which busybox has its own, they
+    /// must call by its path.
     ///
     /// # Errors
     /// When it is not there.

@@ -9,6 +9,7 @@
 //! * [`vm`] - the KVM calls that make the machine, in the order KVM wants them.
 //! * [`cpuid`] - what the processor says it is.
 //! * [`registers`] - the state a vCPU starts in.
+//! * [`state`] - the state a vCPU and its surroundings are in, to be saved and restored.
 
 pub mod boot;
 pub mod cpuid;
@@ -16,6 +17,7 @@ pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
+pub mod state;
 pub mod vm;
 
 use std::fs::File;
@@ -25,6 +27,8 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use kvrun_vmm_api::VcpuConfig;
 
 use crate::devices::virtio::GuestRam;
+
+pub use state::{PlatformState, StateError, StateLayout, VcpuState};
 
 pub use layout::{CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, memory_regions};
 
@@ -46,6 +50,8 @@ pub struct Built {
     pub vm: Arc<VmFd>,
     /// All possible vCPUs; the first is the one that boots.
     pub vcpus: Vec<VcpuFd>,
+    /// What there is to save of each.
+    pub layout: StateLayout,
 }
 
 /// A machine cannot be built.
@@ -60,6 +66,9 @@ pub enum ArchError {
     /// KVM refused.
     #[error("cannot set up the virtual machine")]
     Vm(#[from] vm::VmError),
+    /// The state of vCPUs.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// Loads the guest into `mem` and builds the machine around it: virtual machine, interrupt controller, memory slots and all
@@ -82,7 +91,8 @@ pub fn build(
     let vm = vm::create(kvm)?;
     let fds = vm::create_vcpus(kvm, &vm, vcpus.max, kernel.entry)?;
     vm::add_memory(&vm, mem)?;
-    Ok(Built { vm: Arc::new(vm), vcpus: fds })
+    let layout = StateLayout::new(kvm, &vm)?;
+    Ok(Built { vm: Arc::new(vm), vcpus: fds, layout })
 }
 
 /// What the guest kernel must be told on its command line about its vCPUs: the MP table names all `max` of them, for a

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,6 +18,23 @@ pub const LENGTH: u64 = 8;
 /// The interrupt of COM1.
 pub const GSI: u32 = 4;
 
+/// The registers of the serial port, by their names in the data sheet of the 16550; and what the guest has received but not read, which is
+/// what it has sent to itself in loopback mode, at most a FIFO's worth.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "the names are those of the registers")]
+pub struct ConsoleState {
+    pub baud_divisor: u16,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub received: Vec<u8>,
+}
+
 /// A 16550 whose transmitter fills a ring.
 #[derive(Debug)]
 pub struct Console {
@@ -28,6 +46,22 @@ impl Console {
     /// irqfd of [`GSI`].
     pub fn new(interrupt: EventFd, capacity: usize) -> Self {
         Self { serial: Mutex::new(Serial::new(Line(interrupt), Tail::new(capacity))) }
+    }
+
+    /// Where it stopped. What the guest has written is not part of it: nobody asks for that in another machine.
+    pub fn save(&self) -> ConsoleState {
+        let state = locked(self.serial.lock()).state();
+        ConsoleState {
+            baud_divisor: u16::from_le_bytes([state.baud_divisor_low, state.baud_divisor_high]),
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
     }
 
     /// The last bytes written, oldest first, made valid UTF-8: what is not becomes U+FFFD.
@@ -140,6 +174,17 @@ mod tests {
         assert_eq!(identification[0] & 0xf, 2, "transmitter empty");
         console.write(DATA, b"x");
         assert!(interrupt.read().is_ok());
+    }
+
+    #[test]
+    fn saved_state_has_what_the_guest_has_set() {
+        let (console, _) = console(8);
+        console.write(INTERRUPT_ENABLE, &[1]);
+        console.write(7, &[0x5a]);
+        let saved = console.save();
+        assert_eq!((saved.interrupt_enable, saved.scratch), (1, 0x5a));
+        let text = serde_json::to_string(&saved).unwrap();
+        assert_eq!(serde_json::from_str::<ConsoleState>(&text).unwrap(), saved);
     }
 
     #[test]

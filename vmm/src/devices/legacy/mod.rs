@@ -9,5 +9,5 @@ pub mod console;
 pub mod keyboard;
 
 pub use boot_marks::BootMarks;
-pub use console::Console;
+pub use console::{Console, ConsoleState};
 pub use keyboard::KeyboardController;

@@ -1,14 +1,18 @@
 //! What the virtual machine promises, one module per device or subject: machines without `kvrun` around them.
 
-use anyhow::{Result, ensure};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
 use kvrun_e2e::vm::{Machine, Shape};
 use kvrun_e2e::{Case, Test, cases};
 
+mod clock;
 mod vcpus;
 
-pub(crate) const GROUPS: &[&[Case]] = &[CASES, vcpus::CASES];
+pub(crate) const GROUPS: &[&[Case]] = &[CASES, vcpus::CASES, clock::CASES];
 
-const CASES: &[Case] = cases![script_has_the_whole_guest_and_gives_its_result_back];
+const CASES: &[Case] =
+    cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];
 
 /// The harness itself.
 fn script_has_the_whole_guest_and_gives_its_result_back(t: &Test) -> Result<()> {
@@ -26,5 +30,22 @@ fn script_has_the_whole_guest_and_gives_its_result_back(t: &Test) -> Result<()> 
     script.write("word\n")?;
     let done = script.wait()?;
     ensure!(done.code == 0 && done.stdout == "ready\ngot word\n", "{done}");
+    Ok(())
+}
+
+/// They are built with the VMM, and skip themselves where there is no KVM.
+fn unit_tests_of_vcpus_pass_with_kvm(_: &Test) -> Result<()> {
+    let program =
+        std::env::var_os("KVRUN_VMM_TESTS").context("KVRUN_VMM_TESTS must name the VMM's unit tests")?;
+    let output =
+        Command::new(program).args(["vcpu::", "--nocapture"]).env("KVRUN_E2E_REQUIRED", "1").output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success()
+            && !said.contains("skipped")
+            && said.contains("a_saved_vcpu_goes_on_in_another_machine"),
+        "{said}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }
