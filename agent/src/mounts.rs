@@ -58,6 +58,8 @@ pub struct Mount {
     source: String,
     mount_point: RunPath,
     flags: MsFlags,
+    /// Options of the file system.
+    data: Option<&'static str>,
 }
 
 impl Mount {
@@ -102,7 +104,16 @@ impl Mount {
         };
         let read_only = read_only || fs_type == "erofs";
         let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
-        Ok(Self { fs_type, source: source.to_owned(), mount_point: RunPath::parse(mount_point)?, flags })
+        // A file on pmem is the host's page cache. Without this it would be copied into the guest's.
+        let dax = fs_type == "erofs" && source.starts_with("/dev/pmem");
+        let data = dax.then_some("dax=always");
+        Ok(Self {
+            fs_type,
+            source: source.to_owned(),
+            mount_point: RunPath::parse(mount_point)?,
+            flags,
+            data,
+        })
     }
 }
 
@@ -136,7 +147,7 @@ impl Mounts {
         }
         let result = mount.mount_point.open_or_create().map_err(MountError::from).and_then(|target| {
             let (source, fs_type) = (Some(mount.source.as_str()), Some(mount.fs_type));
-            nix::mount::mount(source, &of_fd(&target), fs_type, mount.flags, None::<&str>).map_err(|errno| {
+            nix::mount::mount(source, &of_fd(&target), fs_type, mount.flags, mount.data).map_err(|errno| {
                 MountError::Mount {
                     source_name: mount.source.clone(),
                     fs_type: mount.fs_type,
@@ -201,6 +212,8 @@ mod tests {
         let parse = |kind, source: &str| Mount::parse(kind, source, "/run/kvrun/m", false);
         assert_eq!(parse(Some(Kind::VIRTIOFS), "share").unwrap().fs_type, "virtiofs");
         assert!(parse(Some(Kind::EROFS), "/dev/vda").unwrap().flags.contains(MsFlags::MS_RDONLY));
+        assert_eq!(parse(Some(Kind::EROFS), "/dev/vda").unwrap().data, None);
+        assert_eq!(parse(Some(Kind::EROFS), "/dev/pmem0").unwrap().data, Some("dax=always"));
         for source in ["", "vda", "/dev/", "/dev/../etc", "/dev/mapper/x", "/dev/vda\0"] {
             assert!(matches!(parse(Some(Kind::EXT4), source), Err(MountError::Source(..))), "{source:?}");
         }
@@ -221,6 +234,7 @@ mod tests {
             source: "test".to_owned(),
             mount_point: RunPath::parse(point).unwrap(),
             flags: MsFlags::empty(),
+            data: None,
         };
         let outer = mount("/run/kvrun/outer");
         mounts.mount(&outer).unwrap();

@@ -77,6 +77,9 @@ impl Slots {
         if !virtio.join("driver").exists() {
             return Err(SlotError::NoDriver(slot));
         }
+        if let Some(bus) = first_entry(&virtio, |name| name.starts_with("ndbus")) {
+            return pmem_device(&virtio.join(bus)).ok_or(SlotError::NoDriver(slot));
+        }
         Ok(first_entry(&virtio.join("block"), |_| true).unwrap_or_default())
     }
 
@@ -128,6 +131,19 @@ fn virtio_device(device: &Path) -> Option<PathBuf> {
     first_entry(device, is_virtio).map(|name| device.join(name))
 }
 
+/// The block device of a pmem device, whose virtio device has a bus of regions of namespaces. Those are probed in their own time;
+/// reading `wait_probe` waits for that (Linux 6.12 drivers/nvdimm/core.c).
+fn pmem_device(bus: &Path) -> Option<String> {
+    fs::read(bus.join("wait_probe")).ok()?;
+    let region = bus.join(first_entry(bus, |name| name.starts_with("region"))?);
+    // Beside the one with the memory there is a seed for another one, which has no block device.
+    fs::read_dir(&region)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("namespace"))
+        .find_map(|namespace| first_entry(&region.join(namespace).join("block"), |_| true))
+}
+
 fn first_entry(dir: &Path, matches: impl Fn(&str) -> bool) -> Option<String> {
     fs::read_dir(dir)
         .ok()?
@@ -166,6 +182,20 @@ mod tests {
         let slots = sysfs("bound");
         assert_eq!(slots.bind(2).unwrap(), "vda");
         assert!(matches!(slots.bind(3), Err(SlotError::NoDriver(3))));
+        fs::remove_dir_all(slots.sysfs).unwrap();
+    }
+
+    #[test]
+    fn a_pmem_device_is_a_block_device_too() {
+        let slots = sysfs("pmem");
+        let virtio = slots.device(3).unwrap().join("virtio1");
+        symlink(slots.driver(), virtio.join("driver")).unwrap();
+        let bus = virtio.join("ndbus0");
+        fs::create_dir_all(bus.join("region0/namespace0.1")).unwrap();
+        fs::write(bus.join("wait_probe"), "1\n").unwrap();
+        assert!(matches!(slots.bind(3), Err(SlotError::NoDriver(3))), "its memory cannot be used");
+        fs::create_dir_all(bus.join("region0/namespace0.0/block/pmem0")).unwrap();
+        assert_eq!(slots.bind(3).unwrap(), "pmem0");
         fs::remove_dir_all(slots.sysfs).unwrap();
     }
 

@@ -22,12 +22,14 @@ use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::net::{Net, NetConfig, NetError};
+use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::jail::Jail;
-use crate::memory::{self, MemoryError};
+use crate::memory::window::{Window, WindowError};
+use crate::memory::{AddressSpace, MemoryError};
 use crate::state::{MachineState, SaveError};
 use crate::thread::{self, Class};
 use crate::vcpu::{Buses, ExitSlot, VcpuError, VcpuSet};
@@ -80,6 +82,12 @@ pub enum MachineError {
     /// A link.
     #[error("cannot attach the link")]
     Net(#[from] NetError),
+    /// A file as memory.
+    #[error("cannot make the file memory of the guest")]
+    Window(#[from] WindowError),
+    /// There is nowhere to put files.
+    #[error("the host has no address space for files as memory of the guest")]
+    NoWindow,
     /// Guest memory.
     #[error("cannot get guest memory")]
     Memory(#[from] MemoryError),
@@ -115,7 +123,11 @@ impl From<MachineError> for RequestError {
             | MachineError::Descriptors { .. }
             | MachineError::Blk(_)
             | MachineError::Fs(_)
-            | MachineError::Net(_) => Self::Invalid(message),
+            | MachineError::Net(_)
+            | MachineError::Memory(MemoryError::TooLarge(_))
+            | MachineError::Window(WindowError::NotAFile | WindowError::Empty | WindowError::Full(_)) => {
+                Self::Invalid(message)
+            }
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
             MachineError::BootedAlready | MachineError::NoSuchDevice(_) | MachineError::NoShare => {
                 Self::Precondition(message)
@@ -148,6 +160,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     exit: Arc<ExitSlot>,
     slots: Vec<Arc<MmioSlot>>,
+    window: Option<Arc<Window>>,
     vsock: VsockHandle,
     console: Arc<Console>,
     marks: Arc<BootMarks>,
@@ -174,9 +187,13 @@ impl Machine {
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let (kernel, initramfs) = (File::from(kernel), File::from(initramfs));
 
-        let mem = memory::allocate(config.memory_mib)?;
+        let mib = |mib: u32| u64::from(mib) << 20;
+        let address_bits = arch::address_bits(&kvm)?;
+        let map = arch::memory_layout(mib(config.memory_mib), mib(config.hotplug_mib), address_bits);
+        let space = AddressSpace::map(&map.map_err(MemoryError::from)?)?;
         let source = BootSource { kernel: &kernel, initramfs: &initramfs, cmdline: &cmdline(config) };
-        let arch::Built { vm, vcpus, layout } = arch::build(&kvm, &mem, &source, config.vcpus)?;
+        let arch::Built { vm, vcpus, layout } = arch::build(&kvm, &space.ram, &source, config.vcpus)?;
+        let window = space.window.clone().map(|region| Arc::new(Window::new(region, vm.clone())));
 
         let event_loop = EventLoopThread::spawn()?;
         let exit = Arc::new(ExitSlot::new().map_err(host("make the exit event"))?);
@@ -190,7 +207,7 @@ impl Machine {
 
         let mut slots = Vec::with_capacity(config.slots.into());
         for index in 0..config.slots {
-            let slot = Arc::new(MmioSlot::new(mem.clone(), interrupt_line(&vm, slot_gsi(index))?));
+            let slot = Arc::new(MmioSlot::new(space.all.clone(), interrupt_line(&vm, slot_gsi(index))?));
             buses.mmio.insert(slot_address(index), SLOT_SIZE, slot.clone())?;
             slots.push(slot);
         }
@@ -199,8 +216,19 @@ impl Machine {
                 .map_err(host("make the vsock device"))?;
 
         let vcpus = VcpuSet::spawn(vcpus, Arc::new(buses), exit.clone())?;
-        let machine =
-            Self { vm, vcpus, exit, slots, vsock: vsock_handle, console, marks, event_loop, jail, layout };
+        let machine = Self {
+            vm,
+            vcpus,
+            exit,
+            slots,
+            window,
+            vsock: vsock_handle,
+            console,
+            marks,
+            event_loop,
+            jail,
+            layout,
+        };
         machine.fill(VSOCK_SLOT, Box::new(vsock))?;
         machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
         machine.vcpus.resume();
@@ -233,7 +261,12 @@ impl Machine {
                 let config = NetConfig { mac, mtu, queue_pairs, rx_limit, tx_limit };
                 Box::new(Net::open(fds, &config)?)
             }
-            DeviceConfig::Pmem | DeviceConfig::Mem | DeviceConfig::Balloon { .. } => {
+            DeviceConfig::Pmem => {
+                let [file] = exactly(fds)?;
+                let window = self.window.as_ref().ok_or(MachineError::NoWindow)?;
+                Box::new(Pmem::new(self.event_loop.handle.clone(), window.map(file)?))
+            }
+            DeviceConfig::Mem | DeviceConfig::Balloon { .. } => {
                 return Err(MachineError::NoSuchDevice("device of this kind"));
             }
         };
@@ -397,6 +430,8 @@ fn in_range(
 
 fn check_ranges(config: &VmConfig) -> Result<(), MachineError> {
     in_range("memory in MiB", config.memory_mib.into(), MIN_MEMORY_MIB.into()..=MAX_MEMORY_MIB.into())?;
+    let room = u64::from(MAX_MEMORY_MIB - config.memory_mib);
+    in_range("memory to plug in MiB", config.hotplug_mib.into(), 0..=room)?;
     in_range("number of vCPUs", config.vcpus.max.into(), 1..=MAX_VCPUS.into())?;
     in_range("number of vCPUs at boot", config.vcpus.boot.into(), 1..=config.vcpus.max.into())?;
     in_range("number of slots", config.slots.into(), FIRST_FREE_SLOT.into()..=MAX_SLOTS.into())
@@ -511,6 +546,7 @@ mod tests {
             (VmConfig { memory_mib: 1, ..config() }, "memory in MiB is 1; it must be 48 to"),
             (VmConfig { vcpus: VcpuConfig { boot: 1, max: 0 }, ..config() }, "number of vCPUs is 0"),
             (VmConfig { vcpus: VcpuConfig { boot: 3, max: 2 }, ..config() }, "number of vCPUs at boot is 3"),
+            (VmConfig { hotplug_mib: MAX_MEMORY_MIB, ..config() }, "memory to plug in MiB is 1048576"),
             (VmConfig { slots: 1, ..config() }, "number of slots is 1; it must be 2 to 64"),
         ];
         for (config, message) in bad {

@@ -138,15 +138,42 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn mount_virtiofs(&self, tag: &str, mount_point: &str) -> Result<(), AgentError> {
+        self.mount(api::mount_request::Kind::VIRTIOFS, tag, mount_point).await
+    }
+
+    /// Mounts an EROFS image from a block device, named as [`Agent::bind_slot`] does: with DAX if it is a pmem device.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn mount_erofs(&self, device: &str, mount_point: &str) -> Result<(), AgentError> {
+        self.mount(api::mount_request::Kind::EROFS, &format!("/dev/{device}"), mount_point).await
+    }
+
+    async fn mount(
+        &self,
+        kind: api::mount_request::Kind,
+        source: &str,
+        mount_point: &str,
+    ) -> Result<(), AgentError> {
         let request = api::MountRequest {
-            kind: api::mount_request::Kind::VIRTIOFS.into(),
-            source: tag.to_owned(),
+            kind: kind.into(),
+            source: source.to_owned(),
             mount_point: mount_point.to_owned(),
             ..Default::default()
         };
-        bounded("mount the share", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
+        bounded("mount a file system", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
             .await
             .map(drop)
+    }
+
+    /// Unmounts what was mounted there.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn unmount(&self, mount_point: &str) -> Result<(), AgentError> {
+        let request = api::UnmountRequest { mount_point: mount_point.to_owned(), ..Default::default() };
+        let call = self.client.unmount(Context::default(), &request);
+        bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest.

@@ -1,7 +1,8 @@
 //! What is particular to the processor. The rest of the crate uses the names re-exported here and no others, so that another
 //! architecture is another folder with the same names:
 //!
-//! * [`memory_regions`] - where guest memory lies.
+//! * [`memory_layout`] - where guest memory is and may come to be, within the addresses [`address_bits`] says there are;
+//!   [`memory_regions`] - RAM alone.
 //! * [`build`] - a virtual machine with everything KVM needs to know, its guest loaded, its vCPUs ready to run.
 //! * [`cmdline_for_vcpus`] - what the guest kernel must be told about its vCPUs.
 //! * [`VcpuState`], [`PlatformState`] - what vCPUs and what they share are where they stopped.
@@ -13,6 +14,7 @@ pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
-    ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, PlatformState,
-    StateError, StateLayout, VcpuState, build, cmdline_for_vcpus, memory_regions, vm::NEEDED_CAPABILITIES,
+    AddressSpaceTooSmall, ArchError, BootSource, Built, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE,
+    MMIO_END, MemoryLayout, PlatformState, StateError, StateLayout, VcpuState, address_bits, build,
+    cmdline_for_vcpus, memory_layout, memory_regions, vm::NEEDED_CAPABILITIES,
 };

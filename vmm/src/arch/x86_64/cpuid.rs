@@ -64,6 +64,17 @@ impl Template {
     }
 }
 
+/// How many bits a physical address has (AMD APM volume 3, CPUID 0x80000008 EAX; Intel SDM volume 2, likewise).
+pub(super) fn address_bits(kvm: &Kvm) -> Result<u8, CpuidError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
+    Ok(address_bits_of(supported.as_slice()))
+}
+
+fn address_bits_of(entries: &[kvm_cpuid_entry2]) -> u8 {
+    // A processor without the leaf has 36 (Intel SDM volume 3, 4.1.4).
+    entries.iter().find(|entry| entry.function == leaf::AMD_SIZES).map_or(36, |entry| entry.eax as u8)
+}
+
 /// Asks for permission to use AMX in guests of this process, without which KVM reports half of it
 /// (Linux Documentation/arch/x86/xstate.rst). A host without AMX, or too old to know of it, says so and all is well.
 fn request_amx() -> io::Result<()> {
@@ -228,6 +239,13 @@ mod tests {
             leaf(0xb, 1, [6, 64, 0x201, 77]),
             leaf(0x1f, 0, [1, 2, 0x100, 77]),
         ]
+    }
+
+    #[test]
+    fn processor_tells_how_many_address_bits_it_has() {
+        let sizes = kvm_cpuid_entry2 { function: 0x8000_0008, eax: 0x3028, ..Default::default() };
+        assert_eq!(address_bits_of(&[sizes]), 40);
+        assert_eq!(address_bits_of(&[]), 36);
     }
 
     #[test]

@@ -30,7 +30,10 @@ use crate::devices::virtio::GuestRam;
 
 pub use state::{PlatformState, StateError, StateLayout, VcpuState};
 
-pub use layout::{CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, memory_regions};
+pub use layout::{
+    AddressSpaceTooSmall, CMDLINE_CAPACITY, FIRST_GSI, GSIS, MMIO_BASE, MMIO_END, MemoryLayout,
+    memory_layout, memory_regions,
+};
 
 /// What the guest boots from.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +74,15 @@ pub enum ArchError {
     State(#[from] StateError),
 }
 
-/// Loads the guest into `mem` and builds the machine around it: virtual machine, interrupt controller, memory slots and all
+/// How many bits a physical address has in a guest on this host.
+///
+/// # Errors
+/// [`ArchError::Vm`] if KVM does not tell.
+pub fn address_bits(kvm: &Kvm) -> Result<u8, ArchError> {
+    Ok(cpuid::address_bits(kvm).map_err(vm::VmError::from)?)
+}
+
+/// Loads the guest into `mem` (RAM only) and builds the machine around it: virtual machine, interrupt controller, memory slots and all
 /// `vcpus.max` vCPUs.
 ///
 /// # Errors

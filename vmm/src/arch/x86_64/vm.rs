@@ -1,13 +1,16 @@
 //! The KVM calls that make the machine, in the order KVM wants them: TSS address and interrupt controller before the first
 //! vCPU, CPUID before MSRs (which MSRs exist depends on it).
 
-use kvm_bindings::{CpuId, Msrs, kvm_userspace_memory_region};
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, Msrs, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::errno;
 
 use super::{cpuid, layout, registers};
 use crate::devices::virtio::GuestRam;
+use crate::memory::slot::{self, MemorySlot, MemorySlots};
 
 /// KVM refused a call.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,9 @@ pub enum VmError {
         /// Which vCPU.
         vcpu: u8,
     },
+    /// A memory slot.
+    #[error("KVM refuses to map guest memory")]
+    Memory(#[source] io::Error),
     /// The processor description.
     #[error("cannot describe the processor to the guest")]
     Cpuid(#[from] cpuid::CpuidError),
@@ -61,7 +67,24 @@ pub(crate) fn create(kvm: &Kvm) -> Result<VmFd, VmError> {
     };
     vm.set_tss_address(layout::KVM_TSS).map_err(vm_error("set the TSS address"))?;
     vm.create_irq_chip().map_err(vm_error("create the interrupt controllers"))?;
+    keep_other_slots_mapped(&vm)?;
     Ok(vm)
+}
+
+/// Has KVM forget what it has mapped of a memory slot that is removed, and no more. Without this, removing a block of memory
+/// costs the guest a fault for every page it touches anew (Linux Documentation/virt/kvm/api.rst, KVM_X86_QUIRK_SLOT_ZAP_ALL;
+/// a host before 6.12 knows no other way).
+fn keep_other_slots_mapped(vm: &VmFd) -> Result<(), VmError> {
+    let known = vm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+    if known & KVM_X86_QUIRK_SLOT_ZAP_ALL as i32 == 0 {
+        return Ok(());
+    }
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_DISABLE_QUIRKS2,
+        args: [KVM_X86_QUIRK_SLOT_ZAP_ALL.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).map_err(vm_error("keep memory slots apart"))
 }
 
 /// Makes `count` vCPUs, the first of which starts at the PVH entry point `entry`.
@@ -114,17 +137,8 @@ fn create_vcpu(
 
 /// Gives the machine its memory: one slot per region.
 pub(crate) fn add_memory(vm: &VmFd, mem: &GuestRam) -> Result<(), VmError> {
-    for (slot, region) in mem.iter().enumerate() {
-        let slot = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the mapping behind the region lives until the process ends (see `crate::memory`), and is what its
-        // address and length say.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(vm_error("map guest memory"))?;
+    for (number, region) in (slot::RAM..).zip(mem.iter()) {
+        vm.add(MemorySlot::whole(number, region)).map_err(VmError::Memory)?;
     }
     Ok(())
 }
@@ -146,6 +160,7 @@ fn set_msrs(vcpu: &VcpuFd, index: u8, msrs: &Msrs) -> Result<(), VmError> {
 pub const NEEDED_CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),

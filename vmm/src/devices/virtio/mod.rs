@@ -3,9 +3,9 @@
 //! * this file - the contract between a device and its transport: [`VirtioDevice`], [`Activation`], [`InterruptLine`].
 //! * [`queue`] - a virtqueue as devices see it: every index and length the guest chose checked before use.
 //! * [`state`] - what a slot and its device would need to go on elsewhere.
-//! * [`loop_part`] - the part of a device that works on the event loop; [`counter`] - what devices count with.
+//! * [`loop_part`] - the part of a device that works on the event loop, [`served`] - that of one which only serves its queues; [`counter`] - what devices count with.
 //! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
-//! * `blk`, `fs`, `net`, `rng`, `vsock` - the devices.
+//! * `blk`, `fs`, `net`, `pmem`, `rng`, `vsock` - the devices.
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
@@ -15,8 +15,10 @@ pub mod fs;
 pub(crate) mod loop_part;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
+pub(crate) mod served;
 pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;

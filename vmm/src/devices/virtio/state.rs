@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::blk::BlkState;
 use super::fs::FsState;
 use super::net::NetState;
+use super::pmem::PmemState;
 use super::rng::RngState;
 use super::vsock::VsockState;
 
@@ -42,6 +43,8 @@ pub enum DeviceState {
     Net(NetState),
     /// virtio-fs.
     Fs(FsState),
+    /// virtio-pmem.
+    Pmem(PmemState),
     /// virtio-rng.
     Rng(RngState),
     /// virtio-vsock.

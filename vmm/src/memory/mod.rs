@@ -1,4 +1,21 @@
 //! Guest memory: where it comes from, and how the host backs it.
+//!
+//! The guest's physical address space is fixed at boot ([`AddressSpace`]): RAM, where memory may be plugged, where files may
+//! appear. All of it is mapped, as address space that costs nothing until it is touched, so whatever address a device finds in a
+//! queue stays what it was. What the guest can reach of it is a matter of KVM's memory slots:
+//!
+//! * [`slot`] - memory slots, and who has which numbers.
+//! * [`hotplug`] - memory that is plugged and unplugged, for virtio-mem.
+//! * [`window`] - files as read-only memory, for virtio-pmem.
+//! * [`reclaim`] - pages given back to the host, for virtio-balloon and virtio-mem.
+//!
+//! A hostile guest can have its devices write where it has no memory slot. That gains it nothing but pages of zeroes or private
+//! copies of file pages, charged to its pod, which it cannot reach.
+
+pub mod hotplug;
+pub mod reclaim;
+pub mod slot;
+pub mod window;
 
 use std::io;
 use std::ptr;
@@ -7,7 +24,7 @@ use std::sync::Arc;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
-use crate::arch;
+use crate::arch::{self, AddressSpaceTooSmall, MemoryLayout};
 use crate::devices::virtio::GuestRam;
 
 /// Size and alignment of a huge page of the host, and of the largest page KVM maps for ordinary memory.
@@ -36,6 +53,9 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// More than the processor can address.
+    #[error(transparent)]
+    TooLarge(#[from] AddressSpaceTooSmall),
     /// `vm-memory` refuses the region.
     #[error("cannot use the mapping as guest memory")]
     Region(#[from] MmapRegionError),
@@ -44,22 +64,74 @@ pub enum MemoryError {
     Layout(#[from] GuestRegionCollectionError),
 }
 
-/// Maps `memory_mib` MiB of zeroed guest memory, laid out as [`arch::memory_regions`] says.
-///
-/// Only address space is taken; the host hands out pages as the guest (or the loader) touches them. The mapping lives until
-/// the process ends, as the one machine in it does.
-///
-/// # Errors
-/// [`MemoryError`] if the host has not the address space.
-pub fn allocate(memory_mib: u32) -> Result<GuestRam, MemoryError> {
-    let regions = arch::memory_regions(u64::from(memory_mib) << 20)
-        .into_iter()
-        .map(|(base, length)| map_region(base, length))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(Arc::new(GuestMemoryMmap::from_regions(regions)?))
+/// A stretch of guest physical addresses and what is behind them in this process. Never unmapped: the one machine of the process
+/// ends with it.
+pub type Region = Arc<GuestRegionMmap<()>>;
+
+/// All that may ever be guest memory.
+#[derive(Clone, Debug)]
+pub struct AddressSpace {
+    /// What the machine boots with.
+    pub ram: GuestRam,
+    /// RAM and where memory may be plugged: all that is no file.
+    pub anonymous: GuestRam,
+    /// Everything, for devices.
+    pub all: GuestRam,
+    /// Where memory may be plugged.
+    pub hotplug: Option<Region>,
+    /// Where files may appear.
+    pub window: Option<Region>,
 }
 
-fn map_region(base: GuestAddress, length: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
+impl AddressSpace {
+    /// Maps what `layout` says. Only address space is taken; the host hands out pages of zeroes as they are touched.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the host has not the address space. That it has none for the window, which is the largest part, is no
+    /// error: there is none, then.
+    pub fn map(layout: &MemoryLayout) -> Result<Self, MemoryError> {
+        let map =
+            |&(base, length): &(GuestAddress, u64), backing| map_region(base, length, backing).map(Arc::new);
+        let ram: Vec<Region> =
+            layout.ram.iter().map(|range| map(range, Backing::Memory)).collect::<Result<_, _>>()?;
+        let hotplug = layout.hotplug.as_ref().map(|range| map(range, Backing::Memory)).transpose()?;
+        // A host that accounts for address space (vm.overcommit_memory=2) may refuse.
+        let window = layout.window.as_ref().and_then(|range| map(range, Backing::Files).ok());
+        let anonymous: Vec<Region> = ram.iter().chain(&hotplug).cloned().collect();
+        let all = anonymous.iter().chain(&window).cloned().collect();
+        Ok(Self {
+            ram: Arc::new(GuestMemoryMmap::from_arc_regions(ram)?),
+            anonymous: Arc::new(GuestMemoryMmap::from_arc_regions(anonymous)?),
+            all: Arc::new(GuestMemoryMmap::from_arc_regions(all)?),
+            hotplug,
+            window,
+        })
+    }
+}
+
+/// Maps `memory_mib` MiB of RAM and nothing else, for a machine that is not for a pod.
+///
+/// # Errors
+/// As [`AddressSpace::map`].
+pub fn allocate(memory_mib: u32) -> Result<GuestRam, MemoryError> {
+    let ram = arch::memory_regions(u64::from(memory_mib) << 20);
+    Ok(AddressSpace::map(&MemoryLayout { ram, hotplug: None, window: None })?.ram)
+}
+
+/// What will be in a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// The guest's memory.
+    Memory,
+    /// Files.
+    Files,
+}
+
+pub(crate) fn map_region(
+    base: GuestAddress,
+    length: u64,
+    backing: Backing,
+) -> Result<GuestRegionMmap<()>, MemoryError> {
     let map_error = |source| MemoryError::Map { bytes: length, source };
     let size = usize::try_from(length)
         .ok()
@@ -76,21 +148,21 @@ fn map_region(base: GuestAddress, length: u64) -> Result<GuestRegionMmap<()>, Me
     }
     let start = start.cast::<u8>();
     let aligned = start.wrapping_add(start.align_offset(HUGE_PAGE));
-    advise(aligned, size).map_err(map_error)?;
+    advise(aligned, size, backing).map_err(map_error)?;
     // SAFETY: `aligned` and `size` lie within the mapping just made, which is never unmapped.
     let region = unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(aligned) }
         .with_mmap_prot(prot)
         .with_mmap_flags(flags)
         .build()?;
-    // `length` plus a base below 2^46 does not wrap: see `arch::memory_regions`.
+    // `length` plus a base below 2^46 does not wrap: see `arch::memory_layout`.
     GuestRegionMmap::new(region, base).ok_or_else(|| map_error(io::ErrorKind::InvalidInput.into()))
 }
 
 /// Tells the host how a region is used.
-fn advise(start: *mut u8, size: usize) -> io::Result<()> {
+fn advise(start: *mut u8, size: usize, backing: Backing) -> io::Result<()> {
     // A core dump of the VMM must not hold the guest's secrets.
     let mut advice = vec![libc::MADV_DONTDUMP];
-    if HUGE_PAGES {
+    if HUGE_PAGES && backing == Backing::Memory {
         advice.push(libc::MADV_HUGEPAGE);
     }
     for advice in advice {
@@ -136,9 +208,35 @@ mod tests {
     }
 
     #[test]
+    fn devices_see_all_of_the_address_space_and_the_loader_only_ram() {
+        const MIB: u64 = 1 << 20;
+        let layout = MemoryLayout {
+            ram: vec![(GuestAddress(0), 64 * MIB)],
+            hotplug: Some((GuestAddress(1 << 32), 256 * MIB)),
+            window: Some((GuestAddress(2 << 32), 1 << 40)),
+        };
+        let space = AddressSpace::map(&layout).unwrap();
+        assert_eq!(space.ram.last_addr(), GuestAddress(64 * MIB - 1));
+        for address in [0, 1 << 32, 2 << 32, (2 << 32) + (1 << 40) - 1] {
+            assert!(space.all.write_obj(1u8, GuestAddress(address)).is_ok(), "{address:#x}");
+        }
+        assert!(space.all.write_obj(1u8, GuestAddress((1 << 32) + 256 * MIB)).is_err());
+        assert_eq!(space.hotplug.unwrap().start_addr(), GuestAddress(1 << 32));
+        // The window is too large for any host; the machine does without.
+        let layout = MemoryLayout { window: Some((GuestAddress(2 << 32), 1 << 47)), ..layout };
+        assert!(AddressSpace::map(&layout).unwrap().window.is_none());
+    }
+
+    #[test]
     fn more_than_the_host_has_addresses_for_is_an_error() {
         // 2^47 bytes: all of the user's half of the address space.
-        assert!(matches!(map_region(GuestAddress(0), 1 << 47), Err(MemoryError::Map { .. })));
-        assert!(matches!(map_region(GuestAddress(0), u64::MAX), Err(MemoryError::Map { .. })));
+        assert!(matches!(
+            map_region(GuestAddress(0), 1 << 47, Backing::Memory),
+            Err(MemoryError::Map { .. })
+        ));
+        assert!(matches!(
+            map_region(GuestAddress(0), u64::MAX, Backing::Memory),
+            Err(MemoryError::Map { .. })
+        ));
     }
 }
