@@ -21,6 +21,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::queue::is_in_memory;
 use super::state::QueueConfig;
 use super::{
     Activation, DeviceRequest, DeviceRequestError, GuestRam, InterruptLine, SlotState, VirtQueue,
@@ -241,7 +242,7 @@ impl QueueRegisters {
             used_ring,
         })
         .ok()?;
-        queue.is_valid(&**mem).then_some(queue)
+        (queue.is_valid(&**mem) && is_in_memory(&queue, mem)).then_some(queue)
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{GuestRam, QueuePosition};
@@ -59,7 +59,7 @@ pub enum QueueError {
 }
 
 impl VirtQueue {
-    /// Wraps a queue that `virtio-queue` has found valid.
+    /// Wraps a queue that `virtio-queue` has found valid and that [`is_in_memory`].
     pub fn new(index: u16, queue: Queue, kick: EventFd) -> Self {
         let interrupted_at = queue.next_used();
         Self { index, queue, kick, interrupted_at }
@@ -219,6 +219,18 @@ impl VirtQueue {
         QueueError::Used { queue: self.index, source: virtio_queue::Error::GuestMemory(source) }
     }
 }
+
+/// Whether every byte of a queue is in memory: `virtio-queue` looks at ends only, but memory may have a hole.
+pub fn is_in_memory(queue: &Queue, mem: &GuestMemoryMmap<()>) -> bool {
+    let entries = usize::from(queue.size());
+    // virtio 1.3 s2.7: bytes per entry, and of the fields around the entries.
+    let parts = [(queue.desc_table(), 16, 0), (queue.avail_ring(), 2, 6), (queue.used_ring(), 8, 6)];
+    parts.into_iter().all(|(at, each, around)| mem.check_range(GuestAddress(at), entries * each + around))
+}
+
+#[cfg(test)]
+#[path = "queue_properties.rs"]
+mod properties;
 
 #[cfg(test)]
 mod tests {

@@ -134,10 +134,12 @@ impl Ring {
 
 /// The ring as we would like it, or as an older kernel has it.
 fn set_up() -> io::Result<IoUring> {
-    // Work that outcomes need is done when this thread asks for them, and no other thread submits: Linux 6.1.
+    // No other thread submits, and the work that outcomes need is done when this thread asks for them: Linux 6.1. It asks whenever the
+    // ring says that there is such work, also if it does not sleep.
     IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .setup_submit_all()
         .build(ENTRIES)
         .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { IoUring::new(ENTRIES) } else { Err(e) })
