@@ -83,6 +83,7 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Jail, JailError> {
     let has_share = share.is_some();
     drop(share);
 
+    privileges::raise_limit_of_open_files()?;
     namespaces::enter(&proc)?;
     root::replace(has_share)?;
     let share = has_share.then(|| Share::open(&proc)).transpose().map_err(failed("open the share"))?;

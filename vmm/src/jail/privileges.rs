@@ -42,9 +42,20 @@ pub(super) fn drop_all_but_those_for_files(files: bool) -> Result<(), JailError>
         let none = Rlimit { current: Some(0), maximum: Some(0) };
         setrlimit(resource, none).map_err(failed("limit resources"))?;
     }
-    // The file server holds one descriptor per file the guest has open.
-    let files = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
-        .map_err(failed("raise the limit of open files"))?;
     Ok(())
+}
+
+/// As many open files as Linux lets anybody have by default (`fs.nr_open`).
+const OPEN_FILES: u64 = 1 << 20;
+
+/// Raises the limit of open files: the file server holds one for each file the guest has open, and one for each inode in its caches. To be
+/// called while the process is root of the host, who may go beyond the hard limit; others go up to it.
+pub(super) fn raise_limit_of_open_files() -> Result<(), JailError> {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    let beyond = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    if hard.is_some_and(|hard| hard < OPEN_FILES) && setrlimit(Resource::Nofile, beyond).is_ok() {
+        return Ok(());
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard })
+        .map_err(failed("raise the limit of open files"))
 }
