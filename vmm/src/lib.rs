@@ -17,8 +17,8 @@
 //! * [`event_loop`] - the one thread on which devices wait for descriptors.
 //! * [`check`] - whether this host's KVM can run a guest kernel, found out with a tiny guest.
 //!
-//! Threads: main (control), the event loop, one per vCPU, one per disk, and the workers that file-system devices
-//! start when their driver comes up. Locks are held in one order: a slot's transport, then a device's own; the event loop takes no transport
+//! Threads: main (control), the event loop, one per vCPU, one per disk, one per pair of queues of a link, and the workers that
+//! file-system devices start when their driver comes up. Locks are held in one order: a slot's transport, then a device's own; the event loop takes no transport
 //! lock, so a transport may wait for the loop (see [`event_loop::LoopHandle::remove`]).
 
 pub mod arch;

@@ -12,6 +12,8 @@
 //! 5. [`Pod::create`](pod::Pod::create) makes a [`Container`](container::Container), which is started, waited for and signalled;
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
+//! [`network`] makes the host's ends of links.
+//!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
 //!
 //! Who talks to whom: [`vmm`] owns the VMM process and its control socket, [`agent`] the ttrpc connection to the agent, [`stdio`]
@@ -24,6 +26,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod container;
 pub mod container_id;
+pub mod network;
 pub mod pod;
 pub mod share;
 pub mod size;

@@ -47,6 +47,25 @@ pub(crate) fn kvm_api_version(kvm: impl AsFd) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Makes `tun`, a fresh descriptor of `/dev/net/tun`, a queue of the tap device `name`, whose packets carry the header of virtio.
+pub(crate) fn make_tap(tun: impl AsFd, name: &str, multi_queue: bool) -> io::Result<()> {
+    // SAFETY: all zero is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays a NUL.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags =
+        (flags | if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 }) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes an `ifreq`, which lives as long as the call.
+    let result = unsafe { libc::ioctl(tun.as_fd().as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Has the children of this thread start in a PID namespace of their own, all in one.
 pub(crate) fn unshare_pid_namespace_of_children() -> io::Result<()> {
     // SAFETY: CLONE_NEWPID does not unshare the table of descriptors, which is what makes the call unsafe.

@@ -13,6 +13,7 @@
 //! Everything else goes through the same doors as the engine's own pods: [`Machine::pod`] has them.
 
 pub mod kernel;
+pub mod link;
 mod script;
 
 use std::fs::{self, File};

@@ -77,3 +77,13 @@ impl Link {
         Ok(())
     }
 }
+
+impl Drop for Link {
+    /// Leaves the taps as they came: the engine may attach them again.
+    fn drop(&mut self) {
+        for tap in &self.taps[self.attached..] {
+            // Fails only if the interface is gone.
+            let _ = tap.attach(true);
+        }
+    }
+}

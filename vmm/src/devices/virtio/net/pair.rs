@@ -61,6 +61,8 @@ pub(super) fn serve(
     };
     if let Err(reason) = set_up {
         serving.give_up(&reason);
+        // Commands are obeyed all the same: Linux waits for each with its hands in its lap.
+        serving.next.control = Next::Turn;
     }
     let reply = loop {
         let due = serving.wait(inbox);

@@ -63,14 +63,13 @@ pub(super) struct Vhost {
     fd: OwnedFd,
     /// The guest's, while it is carried.
     mem: GuestRam,
-    owned: bool,
     carrying: bool,
 }
 
 impl Vhost {
     /// Checks the descriptor.
     pub(super) fn open(fd: OwnedFd) -> Result<Self, VhostError> {
-        let vhost = Self { fd, mem: GuestRam::default(), owned: false, carrying: false };
+        let vhost = Self { fd, mem: GuestRam::default(), carrying: false };
         let missing = FEATURES & !vhost.get_features().map_err(failed("learn what vhost-net can do"))?;
         if missing != 0 {
             return Err(VhostError::Features(missing));
@@ -89,9 +88,10 @@ impl Vhost {
         call: &EventFd,
         error: &EventFd,
     ) -> Result<(), VhostError> {
-        if !self.owned {
-            self.set_owner().map_err(failed("own vhost-net"))?;
-            self.owned = true;
+        match self.set_owner() {
+            // By an earlier start, or by an earlier device over the same descriptor. Another process's vhost refuses what follows.
+            Err(vhost::Error::IoctlError(e)) if e.raw_os_error() == Some(libc::EBUSY) => {}
+            other => other.map_err(failed("own vhost-net"))?,
         }
         self.mem = mem.clone();
         self.set_features(features & FEATURES).map_err(failed("set the features of vhost-net"))?;
@@ -218,8 +218,8 @@ pub(super) fn serve(
     let mut error = match started {
         Ok(error) => Some(error),
         Err(reason) => {
+            // Commands are obeyed all the same: Linux waits for each with its hands in its lap.
             interrupt.needs_reset(&reason);
-            next = Next::Never;
             None
         }
     };

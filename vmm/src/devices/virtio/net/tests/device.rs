@@ -268,3 +268,16 @@ fn driver_must_set_up_the_first_pair() {
     net.activate(activation).unwrap();
     net.reset();
 }
+
+#[test]
+fn taps_can_be_attached_again() {
+    let (_host, taps) = Host::new(3);
+    for _ in 0..3 {
+        let again = taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
+        let mut net = Net::open(again, &config(3)).unwrap();
+        let mut driver = MockDriver::new(net.queue_sizes());
+        // Of three, it uses one.
+        net.activate(driver.activation(FEATURES | 1 << VIRTIO_NET_F_MQ)).unwrap();
+        assert_eq!(super::control::set_pairs(&mut driver, 6, 1), 0);
+    }
+}
