@@ -7,6 +7,7 @@
 //! * [`bundle`] - OCI bundles with a busybox userland.
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
+//! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
 //! * [`time`] - the one factor by which all bounds scale.
 //!
@@ -25,6 +26,7 @@ pub mod process;
 pub mod terminal;
 pub mod time;
 pub mod vm;
+pub mod vsock_peer;
 
 pub use bundle::Bundle;
 pub use fixture::Test;

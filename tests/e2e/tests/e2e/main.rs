@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use kvrun_e2e::vsock_peer;
+
 mod bad_config;
 mod command_line;
 mod exit;
@@ -17,6 +19,15 @@ mod terminal;
 mod vm;
 
 fn main() -> ExitCode {
+    if std::env::args().next().is_some_and(|name| name.ends_with(vsock_peer::NAME)) {
+        return match vsock_peer::main() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{}: {error:#}", vsock_peer::NAME);
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut groups = vec![
         exit::CASES,
         stdio::CASES,

@@ -4,13 +4,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::vm::{Machine, Script, Shape};
-use kvrun_e2e::{Case, Test, cases};
+use kvrun_e2e::{Case, Test, cases, time};
 
 pub(crate) const CASES: &[Case] = cases![date_is_that_of_the_host_also_right_after_a_pause];
 
-/// How far the guest's date may lie outside of the host's time between question and answer.
-const TOLERANCE: Duration = Duration::from_millis(20);
-/// Far more than the tolerance.
+/// How far the guest's date may lie outside of the host's time between question and answer, on hardware. (The lab's kernel measures its
+/// emulated TSC, by which the guest counts, with an error of up to a per cent when its host is busy.)
+const TOLERANCE: Duration = Duration::from_millis(50);
+/// Far more than the tolerance anywhere.
 const PAUSE: Duration = Duration::from_secs(3);
 
 fn date_is_that_of_the_host_also_right_after_a_pause(t: &Test) -> Result<()> {
@@ -49,8 +50,9 @@ fn compare(clock: &mut Script<'_>, number: usize) -> Result<()> {
     let date = line.and_then(|line| line.split(' ').nth(1)).context("no date")?;
     let (seconds, nanoseconds) = date.split_once('.').with_context(|| format!("{date} is no date"))?;
     let date = UNIX_EPOCH + Duration::new(seconds.parse()?, nanoseconds.parse()?);
+    let tolerance = time::scaled(TOLERANCE);
     ensure!(
-        date + TOLERANCE >= asked && date <= answered + TOLERANCE,
+        date + tolerance >= asked && date <= answered + tolerance,
         "answer {number}: {date:?} is not between {asked:?} and {answered:?}"
     );
     Ok(())

@@ -10,8 +10,10 @@ mod clock;
 mod fs;
 mod net;
 mod vcpus;
+mod vsock;
 
-pub(crate) const GROUPS: &[&[Case]] = &[CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES];
+pub(crate) const GROUPS: &[&[Case]] =
+    &[CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES];
 
 const CASES: &[Case] =
     cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];

@@ -28,11 +28,11 @@ use super::packet::{Buffers, Header, SHUT_BOTH, SHUT_RCV, SHUT_SEND, op};
 use super::stream::HostStream;
 use crate::event_loop::Registry;
 
-/// How many bytes on their way to the host are buffered on each connection; what the guest is told as `buf_alloc`. Linux
+/// How many bytes on their way to the host are buffered on a connection; what the guest is told as `buf_alloc`. Linux
 /// sends packets of up to 64 KiB, so this keeps a few of them under way.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
-/// The guest is told of new room when it believes to have less than this.
-const LOW_CREDIT: u32 = BUF_ALLOC / 2;
+/// The same for a connection that is one of very many, so that a guest that fills all of them costs the host no more than a bounded sum.
+pub(super) const SMALL_BUF_ALLOC: u32 = 32 * 1024;
 /// The most receive buffers filled by one read: 64 KiB with the 4 KiB buffers of Linux.
 pub(super) const MAX_BURST: u8 = 16;
 
@@ -110,6 +110,8 @@ pub(super) struct Connection {
     /// Registered for `EPOLLOUT`.
     wants_out: bool,
 
+    /// How many bytes `backlog` may hold, as the guest is told.
+    buf_alloc: u32,
     backlog: VecDeque<u8>,
     /// Bytes received from the guest, those of them passed on, and the latter as last told to the guest. All modulo 2^32
     /// (virtio 1.3 s5.10.6.3).
@@ -123,7 +125,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    fn new(phase: Phase, owed: Owed, stream: HostStream, token: u32) -> Self {
+    fn new(phase: Phase, owed: Owed, stream: HostStream, token: u32, buf_alloc: u32) -> Self {
         Self {
             phase,
             stream: Some(stream),
@@ -139,6 +141,7 @@ impl Connection {
             readable: false,
             end_in_sight: false,
             wants_out: false,
+            buf_alloc,
             backlog: VecDeque::new(),
             rx_cnt: 0,
             fwd_cnt: 0,
@@ -149,14 +152,16 @@ impl Connection {
         }
     }
 
-    /// A connection the host asks for.
-    pub(super) fn to_guest(stream: HostStream, token: u32, pending: PendingConnect) -> Self {
-        Self::new(Phase::Connecting(pending), Owed { request: true, ..Owed::default() }, stream, token)
+    /// A connection the host asks for, on which `buf_alloc` bytes are buffered.
+    pub(super) fn to_guest(stream: HostStream, token: u32, buf_alloc: u32, pending: PendingConnect) -> Self {
+        let owed = Owed { request: true, ..Owed::default() };
+        Self::new(Phase::Connecting(pending), owed, stream, token, buf_alloc)
     }
 
     /// A connection the guest has asked for and gets.
-    pub(super) fn from_guest(stream: HostStream, token: u32, request: &Header) -> Self {
-        let mut it = Self::new(Phase::Open, Owed { response: true, ..Owed::default() }, stream, token);
+    pub(super) fn from_guest(stream: HostStream, token: u32, buf_alloc: u32, request: &Header) -> Self {
+        let owed = Owed { response: true, ..Owed::default() };
+        let mut it = Self::new(Phase::Open, owed, stream, token, buf_alloc);
         it.note_credit(request);
         it
     }
@@ -279,7 +284,7 @@ impl Connection {
     fn receive_data(&mut self, mut data: Buffers<'_>, registry: &Registry<'_>) -> Verdict {
         let len = data.len() as u32;
         // virtio 1.3 s5.10.6.3.1: the guest must not send more than we said we have room for.
-        if len > BUF_ALLOC - self.rx_cnt.wrapping_sub(self.fwd_cnt) {
+        if len > self.buf_alloc - self.rx_cnt.wrapping_sub(self.fwd_cnt) {
             return self.abort(registry);
         }
         self.rx_cnt = self.rx_cnt.wrapping_add(len);
@@ -360,8 +365,12 @@ impl Connection {
         if self.backlog.is_empty() && self.backlog.capacity() > 0 {
             self.backlog = VecDeque::new();
         }
-        let believed_room = BUF_ALLOC.saturating_sub(self.rx_cnt.wrapping_sub(self.fwd_sent));
-        if believed_room < LOW_CREDIT && self.fwd_cnt != self.fwd_sent && self.guest_shut & SHUT_SEND == 0 {
+        // The guest is told of new room when it believes to have less than half of it.
+        let believed_room = self.buf_alloc.saturating_sub(self.rx_cnt.wrapping_sub(self.fwd_sent));
+        if believed_room < self.buf_alloc / 2
+            && self.fwd_cnt != self.fwd_sent
+            && self.guest_shut & SHUT_SEND == 0
+        {
             self.owed.credit = true;
         }
         if let Some(stream) = &self.stream {
@@ -453,7 +462,7 @@ impl Connection {
     pub(super) fn tell_credit(&mut self) -> (u32, u32) {
         self.owed.credit = false;
         self.fwd_sent = self.fwd_cnt;
-        (BUF_ALLOC, self.fwd_cnt)
+        (self.buf_alloc, self.fwd_cnt)
     }
 
     /// A packet without data has been sent.

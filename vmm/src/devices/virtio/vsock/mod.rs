@@ -13,8 +13,8 @@
 //! * [`packet`] - packets in descriptor chains.
 //!
 //! Hostile guests: a packet that makes no sense ends its connection; a ring or chain that makes no sense ends the device. All
-//! that is buffered for a guest is bounded by [`connection::BUF_ALLOC`] for each connection, which are
-//! [`table::MAX_CONNECTIONS`] at most, and an idle one buffers nothing.
+//! that is buffered for a guest is bounded: [`table::MAX_CONNECTIONS`] connections at most, each with what it was granted when it was made
+//! ([`connection::BUF_ALLOC`], or less for one of very many); an idle one buffers nothing.
 
 mod connection;
 mod handle;

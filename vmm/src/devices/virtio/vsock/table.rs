@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
 
-use super::connection::{Connection, Key, Next, Verdict};
+use super::connection::{BUF_ALLOC, Connection, Key, Next, SMALL_BUF_ALLOC, Verdict};
 use super::handle::{ConnectError, ConnectRequest, Shared};
 use super::packet::{Buffers, HOST_CID, Header, RxBuffer, TYPE_STREAM, TxPacket, op};
 use super::stream::HostStream;
@@ -18,7 +18,10 @@ use crate::event_loop::Registry;
 use crate::locked;
 
 /// The most connections at a time, closing ones included.
-pub(super) const MAX_CONNECTIONS: usize = 1024;
+pub(super) const MAX_CONNECTIONS: usize = 4096;
+/// While there are so many connections, a new one gets little room for bytes on their way to the host: with 256 KiB for each of these and
+/// 32 KiB for each of the others, all together hold 184 MiB at most, and that only if the guest fills them and nobody on the host reads.
+const MANY_CONNECTIONS: usize = 256;
 /// How many packets that belong to no connection may wait for their RST; beyond that they get none.
 pub(super) const MAX_STRAY_RESETS: usize = 128;
 /// Tokens below are the device's own descriptors.
@@ -41,7 +44,8 @@ pub(super) struct Table {
 /// Whose turn it is to send something to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
-    Connection(Key),
+    /// The connection with this token, if it is still there.
+    Connection(u32),
     /// A packet that belongs to no connection, and the socket type it came with.
     Stray(Key, u16),
 }
@@ -78,7 +82,8 @@ impl Table {
                     self.connections.contains_key(&Key { guest_port: port, host_port })
                 })
             };
-            let connection = Connection::to_guest(stream, self.fresh_token(), pending);
+            let (token, buf_alloc) = (self.fresh_token(), self.buf_alloc());
+            let connection = Connection::to_guest(stream, token, buf_alloc, pending);
             self.shared.counters.connections_to_guest.add(1);
             self.insert(Key { guest_port: port, host_port }, connection, registry);
         }
@@ -146,7 +151,10 @@ impl Table {
                 self.shared.counters.packets_to_guest.add(sent.into());
                 return Ok(sent);
             }
-            Some(Turn::Connection(key)) => key,
+            Some(Turn::Connection(token)) => match self.tokens.get(&token) {
+                Some(&key) => key,
+                None => return Ok(false),
+            },
         };
         let mut header = self.header(key);
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(false) };
@@ -199,7 +207,8 @@ impl Table {
         // Fails when the host is out of descriptors: the guest may try again, the port stays open.
         let Ok((ours, theirs)) = HostStream::pair() else { return self.reset_stray(key, TYPE_STREAM) };
         locked(self.shared.state.lock()).listen.remove(&key.host_port);
-        let connection = Connection::from_guest(ours, self.fresh_token(), request);
+        let (token, buf_alloc) = (self.fresh_token(), self.buf_alloc());
+        let connection = Connection::from_guest(ours, token, buf_alloc, request);
         self.shared.counters.connections_from_guest.add(1);
         self.insert(key, connection, registry);
         locked(self.shared.accepted.lock())(key.host_port, theirs);
@@ -225,18 +234,28 @@ impl Table {
                     && connection.next() != Next::Nothing
                 {
                     connection.queued = true;
-                    self.queue.push_back(Turn::Connection(key));
+                    self.queue.push_back(Turn::Connection(connection.token()));
                 }
             }
             Verdict::Remove => {
                 if let Some(mut connection) = self.connections.remove(&key) {
                     connection.close_stream(registry);
                     self.tokens.remove(&connection.token());
-                    if connection.queued {
-                        self.queue.retain(|turn| *turn != Turn::Connection(key));
-                    }
+                    self.tidy_queue();
                 }
             }
+        }
+    }
+
+    /// Turns of connections that are gone are skipped when they come; here, if they are most of the queue, for a guest that gives no
+    /// buffers lets no turn come. So a connection's end costs the same however many there are.
+    fn tidy_queue(&mut self) {
+        if self.queue.len() > 2 * (self.connections.len() + self.strays) + 64 {
+            let tokens = &self.tokens;
+            self.queue.retain(|turn| match turn {
+                Turn::Connection(token) => tokens.contains_key(token),
+                Turn::Stray(..) => true,
+            });
         }
     }
 
@@ -245,6 +264,11 @@ impl Table {
             self.strays += 1;
             self.queue.push_back(Turn::Stray(key, kind));
         }
+    }
+
+    /// How many bytes the next connection may buffer.
+    fn buf_alloc(&self) -> u32 {
+        if self.connections.len() < MANY_CONNECTIONS { BUF_ALLOC } else { SMALL_BUF_ALLOC }
     }
 
     fn fresh_token(&mut self) -> u32 {

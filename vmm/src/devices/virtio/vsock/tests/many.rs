@@ -8,7 +8,7 @@ use std::thread;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::guest::{CLOSED, Guest, LISTEN, MAX_DATA, Sock, TX, pattern};
-use crate::devices::virtio::vsock::connection::MAX_BURST;
+use crate::devices::virtio::vsock::connection::{BUF_ALLOC, MAX_BURST, SMALL_BUF_ALLOC};
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, SHUT_BOTH, SHUT_SEND, op};
 use crate::devices::virtio::vsock::table::{MAX_CONNECTIONS, MAX_STRAY_RESETS};
 use crate::devices::virtio::vsock::{ConnectError, QUEUE_SIZES};
@@ -81,6 +81,12 @@ fn take((header, data): (Header, Vec<u8>), sock: &mut Sock, received: &mut Vec<u
 fn as_many_connections_as_there_can_be_and_no_more() {
     let mut guest = Guest::new();
     let mut all: Vec<(Sock, UnixStream)> = (0..MAX_CONNECTIONS).map(|_| guest.accept(1024)).collect();
+    // The first have room for much, the others for less.
+    let room = |index: usize| all[index].0.peer_alloc;
+    assert_eq!(
+        [room(0), room(255), room(256), room(MAX_CONNECTIONS - 1)],
+        [BUF_ALLOC, BUF_ALLOC, SMALL_BUF_ALLOC, SMALL_BUF_ALLOC]
+    );
     let (near, far) = UnixStream::pair().unwrap();
     assert_eq!(guest.host_connect(9, far.into()).recv().unwrap(), Err(ConnectError::TooMany));
     drop(near);
@@ -110,6 +116,27 @@ fn as_many_connections_as_there_can_be_and_no_more() {
     guest.shutdown(&sock, SHUT_BOTH);
     guest.expect(&mut sock, op::RST);
     guest.connect(77, LISTEN[0]);
+}
+
+#[test]
+fn connections_that_end_while_they_wait_for_buffers_leave_no_trace() {
+    let mut guest = Guest::asleep();
+    guest.activate();
+    let buffer = guest.driver.writable(4096);
+    guest.offer(vec![buffer]);
+    guest.driver.kick(0);
+    let mut all: Vec<(Sock, UnixStream)> = (0..300).map(|_| guest.accept(1024)).collect();
+    for (_, stream) in &mut all {
+        stream.write_all(b"hello").unwrap();
+    }
+    let (first, last) = (all[0].0.host_port, all[299].0.host_port);
+    for (sock, _) in &all[1..299] {
+        guest.send(&sock.header(op::RST), b"");
+    }
+    let mut heard = vec![guest.recv().0.src_port, guest.recv().0.src_port];
+    heard.sort_unstable();
+    assert_eq!(heard, [first, last]);
+    guest.expect_silence();
 }
 
 #[test]
