@@ -137,8 +137,8 @@ fn short_grace_periods() {
     let _ = fs::write("/sys/kernel/rcu_expedited", "1");
 }
 
-/// Containers that share the machine's network namespace expect `127.0.0.1`.
-fn loopback_up() {
+/// Brings the loopback of this process's network namespace up: everybody expects `127.0.0.1`.
+pub(crate) fn loopback_up() {
     let Ok(socket) = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None) else {
         return;
     };

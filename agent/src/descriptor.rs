@@ -1,6 +1,7 @@
 //! Non-blocking descriptors in the runtime: pipes, pty masters, vsock and Unix sockets alike; and the vsock listeners.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -10,7 +11,7 @@ use nix::sys::socket::{
     socket,
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::net::Shutdown;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
@@ -32,6 +33,23 @@ impl Descriptor {
     /// Reads once into the spare capacity of `buf`, behind what is there; 0 is end-of-file.
     pub async fn read(&self, buf: &mut Vec<u8>) -> io::Result<usize> {
         self.0.async_io(Interest::READABLE, |fd| read_once(fd, buf)).await
+    }
+
+    /// Receives one message, with the first descriptor that comes with it; 0 is end-of-file.
+    pub async fn receive(&self, buf: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+        self.0
+            .async_io(Interest::READABLE, |fd| {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+                let mut parts = [io::IoSliceMut::new(buf)];
+                let received = recvmsg(fd, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+                let descriptor = ancillary.drain().find_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                    _ => None,
+                });
+                Ok((received.bytes, descriptor))
+            })
+            .await
     }
 
     /// Reads once what is there now. `WouldBlock`: nothing.

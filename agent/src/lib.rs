@@ -7,7 +7,7 @@
 //! * [`network`] - links, addresses and routes of the guest.
 //! * [`cpus`] - vCPUs brought online and taken offline.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
-//! * [`oci`] - the helper process in which `libcontainer` creates a container, and the agent's end of it.
+//! * [`oci`] - the helper process that creates a container, and the agent's end of it.
 //! * [`streams`], [`stdio`] - vsock streams by token, and the pumps between them and a process.
 //! * [`reaper`] - the one place that waits for children.
 //! * [`power`] - the way down.

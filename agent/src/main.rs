@@ -1,5 +1,5 @@
 //! `kvrun-agent`: PID 1 of the guest. The same binary is the helper process that applies one OCI config
-//! (`kvrun-agent oci create ...`), because libcontainer waits for its children and must not do so in PID 1.
+//! (`kvrun-agent oci create ...`), because that forks, waits and joins namespaces, which PID 1 must not.
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -24,7 +24,7 @@ use ttrpc::r#async::transport;
 use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::{Code, get_status};
 
-use crate::container::spec::SpecError;
+use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
@@ -60,7 +60,7 @@ struct Parts {
 }
 
 impl AgentService {
-    /// The service, with `helper` as the program that runs libcontainer.
+    /// The service, with `helper` as the program that creates containers.
     #[must_use]
     pub fn new(helper: PathBuf, reaper: Arc<Reaper>) -> Self {
         Self(Arc::new(Parts {
@@ -104,7 +104,12 @@ impl AgentService {
     async fn create(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, Failure> {
         let parts = &self.0;
         let id = container_id(&request.container_id)?;
-        let spec = ContainerSpec::parse(&request.spec_json, &id)?;
+        let mut spec = ContainerSpec::parse(&request.spec_json, &id, request.bundle.into())?;
+        find_namespaces(&mut spec.spec, |id| {
+            let container = parts.containers.get(&ContainerId::parse(id).ok()?).ok()?;
+            let process = container.process().ok()?;
+            (!process.has_ended()).then_some(process.pid)
+        })?;
         let stdio = request.stdio.unwrap_or_default();
         check_tokens(&stdio, spec.terminal)?;
         let container = parts.containers.reserve(&id, &spec.cgroup)?;

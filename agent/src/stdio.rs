@@ -86,7 +86,7 @@ pub fn pipes(streams: EngineStreams, owner: (u32, u32)) -> io::Result<(ProcessEn
     Ok((ProcessEnds { stdin, stdout, stderr }, agent))
 }
 
-/// The ends before a terminal exists: libcontainer makes the pty inside the container and connects the process to it.
+/// The ends before a terminal exists: the process makes it inside the container and connects itself to it.
 ///
 /// # Errors
 ///

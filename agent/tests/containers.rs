@@ -1,4 +1,4 @@
-//! The service with real containers: libcontainer, busybox, pipes and ptys; Unix sockets in the place of vsock.
+//! The service with real containers: busybox, pipes and ptys; Unix sockets in the place of vsock.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 

@@ -35,5 +35,8 @@ pub const READY_PORT: u32 = 1024;
 pub const TOKEN_LEN: usize = 8;
 /// The directory in the guest under which everything the agent mounts and keeps lives.
 pub const GUEST_RUN_DIR: &str = "/run/kvrun";
+/// `GUEST_CONTAINERS_DIR/ID/ns/NAME` in `linux.namespaces[].path` names a namespace of another container of the guest; NAME as in
+/// `/proc/PID/ns`. There is no such directory.
+pub const GUEST_CONTAINERS_DIR: &str = "/run/kvrun/containers";
 /// How long, in seconds, the agent waits for the streams a request names to be connected.
 pub const STREAM_TIMEOUT_SECS: u64 = 10;

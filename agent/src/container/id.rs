@@ -8,7 +8,7 @@ const MAX: usize = 200;
 #[error("container ID {0:?} is not 1 to {MAX} of the characters a-z A-Z 0-9 _ + - . (and not '.' or '..')")]
 pub struct IdError(String);
 
-/// A checked container ID: a file name. The characters are those that libcontainer and runc take.
+/// A checked container ID: a file name. The characters are those that runc takes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ContainerId(String);
 

@@ -21,8 +21,8 @@ pub use self::process::{Exit, Process};
 pub use self::spec::ContainerSpec;
 use crate::cgroup::Cgroup;
 use crate::descriptor::Descriptor;
-use crate::oci::create::{Creation, OciError, StartGate, create};
-use crate::oci::helper::CONSOLE_SOCKET;
+use crate::oci::create::{Creation, OciError, StartGate, What, create};
+use crate::oci::helper::CONFIG;
 use crate::path::OCI_DIR;
 use crate::reaper::Reaper;
 use crate::stdio::{self, EngineStreams, Pumps};
@@ -69,7 +69,7 @@ pub enum ContainerError {
     /// Killed processes hang.
     #[error("processes of container {0} are still there {KILL_TIMEOUT:?} after they were killed")]
     KillTimeout(ContainerId),
-    /// libcontainer, or the program to run.
+    /// Its set-up, or the program to run.
     #[error(transparent)]
     Oci(#[from] OciError),
     /// A system call of the agent.
@@ -88,7 +88,7 @@ pub enum ContainerError {
 /// What every container of a machine shares.
 #[derive(Debug)]
 pub struct Engine {
-    /// The program that runs libcontainer.
+    /// The program that creates containers: the agent itself.
     pub helper: PathBuf,
     /// Waits for children.
     pub reaper: Arc<Reaper>,
@@ -170,36 +170,31 @@ impl Container {
     ) -> Result<(i32, StartGate), ContainerError> {
         let bundle = self.bundle();
         fs::create_dir_all(&bundle).map_err(self.system("make the bundle directory"))?;
-        fs::create_dir_all(state_root()).map_err(self.system("make the state directory"))?;
         let config = serde_json::to_vec(&spec.spec).map_err(self.system("write the config"))?;
-        fs::write(bundle.join("config.json"), config).map_err(self.system("write the config"))?;
+        fs::write(bundle.join(CONFIG), config).map_err(self.system("write the config"))?;
 
-        let (console, streams, (process_ends, agent_ends)) = if spec.terminal {
-            let console =
-                terminal::listen(&bundle, CONSOLE_SOCKET).map_err(self.system("make the console socket"))?;
+        let (streams, (process_ends, agent_ends)) = if spec.terminal {
             let ends =
                 (stdio::null_ends().map_err(self.system("open /dev/null"))?, stdio::AgentEnds::default());
-            (Some(console), streams, ends)
+            (streams, ends)
         } else {
             let ends = stdio::pipes(streams, spec.owner).map_err(self.system("make the stdio pipes"))?;
-            (None, EngineStreams::default(), ends)
+            (EngineStreams::default(), ends)
         };
         let created = create(
             Creation {
                 helper: &engine.helper,
-                state_root: &state_root(),
                 bundle: &bundle,
-                id: self.id.as_str(),
-                terminal: spec.terminal,
+                cgroup: self.cgroup.path(),
+                what: What::Container { id: self.id.as_str(), host_bundle: &spec.host_bundle },
                 stdio: process_ends,
             },
             &engine.reaper,
         )
         .await?;
-        let (terminal, agent_ends) = match console {
+        let (terminal, agent_ends) = match created.terminal {
             None => (None, agent_ends),
-            Some(console) => {
-                let master = terminal::receive(&console).map_err(self.system("receive the terminal"))?;
+            Some(master) => {
                 terminal::give_to(&master, spec.owner)
                     .map_err(self.system("give the terminal to the user"))?;
                 if let Some((rows, columns)) = spec.console_size {
@@ -312,11 +307,10 @@ impl Container {
             }
         };
         timeout(KILL_TIMEOUT, kill).await.map_err(|_| ContainerError::KillTimeout(self.id.clone()))??;
-        remove_dir(&state_root().join(self.id.as_str())).map_err(self.system("remove the state"))?;
         remove_dir(&self.bundle()).map_err(self.system("remove the bundle directory"))
     }
 
-    /// The agent's copy of the config, and the console socket.
+    /// The agent's copy of the config.
     fn bundle(&self) -> PathBuf {
         Path::new(GUEST_RUN_DIR).join(OCI_DIR).join("bundles").join(self.id.as_str())
     }
@@ -329,11 +323,6 @@ impl Container {
         let id = self.id.clone();
         move |err| ContainerError::System { what, id, source: err.into() }
     }
-}
-
-/// Where libcontainer keeps its state.
-fn state_root() -> PathBuf {
-    Path::new(GUEST_RUN_DIR).join(OCI_DIR).join("state")
 }
 
 fn remove_dir(dir: &Path) -> io::Result<()> {

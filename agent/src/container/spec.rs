@@ -1,6 +1,9 @@
-//! What the agent takes from a container's config, and the little it changes in it.
+//! What the agent itself takes from a container's config.
 
-use oci_spec::runtime::{LinuxIdMapping, LinuxMemory, Spec};
+use std::path::PathBuf;
+
+use kvrun_agent_api::GUEST_CONTAINERS_DIR;
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::ContainerId;
 use crate::cgroup::{Cgroup, CgroupPathError};
@@ -14,15 +17,23 @@ pub enum SpecError {
     /// Something the agent cannot do without.
     #[error("config.json has no {0:?}")]
     Missing(&'static str),
+    /// A namespace that is not one of a container of this machine.
+    #[error("linux.namespaces[{index}].path: {} names no namespace of a container that runs here", path.display())]
+    Namespace {
+        /// Which.
+        index: usize,
+        /// Its path.
+        path: PathBuf,
+    },
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupPathError),
 }
 
-/// A config, ready for libcontainer.
+/// A config.
 #[derive(Debug)]
 pub struct ContainerSpec {
-    /// The config with the agent's changes.
+    /// All of it.
     pub spec: Spec,
     /// The container's cgroup.
     pub cgroup: Cgroup,
@@ -32,6 +43,8 @@ pub struct ContainerSpec {
     pub console_size: Option<(u16, u16)>,
     /// User and group of the process in the guest's numbers, behind the container's user namespace.
     pub owner: (u32, u32),
+    /// The bundle directory on the host, which hooks are told.
+    pub host_bundle: PathBuf,
 }
 
 impl ContainerSpec {
@@ -40,8 +53,8 @@ impl ContainerSpec {
     /// # Errors
     ///
     /// [`SpecError`].
-    pub fn parse(json: &[u8], id: &ContainerId) -> Result<Self, SpecError> {
-        let mut spec: Spec = serde_json::from_slice(json).map_err(SpecError::Parse)?;
+    pub fn parse(json: &[u8], id: &ContainerId, host_bundle: PathBuf) -> Result<Self, SpecError> {
+        let spec: Spec = serde_json::from_slice(json).map_err(SpecError::Parse)?;
         if spec.root().is_none() {
             return Err(SpecError::Missing("root"));
         }
@@ -54,43 +67,46 @@ impl ContainerSpec {
             process.console_size().map(|size| (saturate(size.height()), saturate(size.width())));
         let user = (process.user().uid(), process.user().gid());
 
-        let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
+        let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux"))?;
         let owner = (
             in_guest(user.0, linux.uid_mappings().as_deref()),
             in_guest(user.1, linux.gid_mappings().as_deref()),
         );
         let cgroup = Cgroup::from_spec(linux.cgroups_path().as_deref(), id.as_str())?;
-        linux.set_cgroups_path(Some(cgroup.in_spec()));
-        if let Some(resources) = linux.resources_mut()
-            && let Some(memory) = resources.memory()
-        {
-            resources.set_memory(Some(without_swap(*memory)));
-        }
-        Ok(Self { spec, cgroup, terminal, console_size, owner })
+        Ok(Self { spec, cgroup, terminal, console_size, owner, host_bundle })
     }
 }
 
-/// The guest has no swap, and its kernel no `memory.swap.max` to write to: memory plus swap is memory. runc, too, takes no
-/// offence at a swap limit where there is no swap.
-fn without_swap(mut memory: LinuxMemory) -> LinuxMemory {
-    match memory.limit() {
-        // -1 is "no limit", which a new cgroup has.
-        None | Some(-1) => {
-            memory.set_limit(None);
-            memory.set_swap(None);
-        }
-        Some(limit) => {
-            memory.set_swap(Some(limit));
-        }
+/// Gives the namespaces of other containers the paths they have for the agent. `first_process` tells the first process of a container that runs.
+///
+/// # Errors
+///
+/// [`SpecError::Namespace`].
+pub fn find_namespaces(
+    spec: &mut Spec,
+    first_process: impl Fn(&str) -> Option<i32>,
+) -> Result<(), SpecError> {
+    let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    for (index, namespace) in linux.namespaces_mut().iter_mut().flatten().enumerate() {
+        let Some(path) = namespace.path().clone().filter(|path| !path.as_os_str().is_empty()) else {
+            continue;
+        };
+        let kind = namespace.typ().to_string();
+        let found = path.strip_prefix(GUEST_CONTAINERS_DIR).ok().and_then(|rest| {
+            let (id, name) = rest.to_str()?.split_once("/ns/")?;
+            (name == kind).then(|| first_process(id))?
+        });
+        let Some(pid) = found else { return Err(SpecError::Namespace { index, path }) };
+        namespace.set_path(Some(format!("/proc/{pid}/ns/{kind}").into()));
     }
-    memory
+    Ok(())
 }
 
 fn saturate(size: u64) -> u16 {
     u16::try_from(size).unwrap_or(u16::MAX)
 }
 
-/// The number in the guest for a number in the container; one without a mapping stays as it is (libcontainer refuses it).
+/// The number in the guest for a number in the container; one without a mapping stays as it is (the process cannot become that user, which is reported then).
 fn in_guest(id: u32, mappings: Option<&[LinuxIdMapping]>) -> u32 {
     mappings
         .into_iter()
@@ -109,7 +125,7 @@ mod tests {
     fn parse(process: &str, linux: &str) -> Result<ContainerSpec, SpecError> {
         let json =
             format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"/r"}},"process":{process},"linux":{linux}}}"#);
-        ContainerSpec::parse(json.as_bytes(), &ContainerId::parse("c1").unwrap())
+        ContainerSpec::parse(json.as_bytes(), &ContainerId::parse("c1").unwrap(), PathBuf::new())
     }
 
     const PROCESS: &str = r#"{"user":{"uid":7,"gid":9},"args":["sh"],"cwd":"/"}"#;
@@ -123,16 +139,19 @@ mod tests {
     }
 
     #[test]
-    fn a_swap_limit_never_reaches_the_kernel() {
-        let memory = |text: &str| {
-            let linux = format!(r#"{{"resources":{{"memory":{text}}}}}"#);
-            let spec = parse(PROCESS, &linux).unwrap().spec;
-            let memory = spec.linux().as_ref().unwrap().resources().as_ref().unwrap().memory().unwrap();
-            (memory.limit(), memory.swap())
+    fn namespaces_of_other_containers_are_found_and_no_others() {
+        let find = |path: &str| {
+            let linux = format!(r#"{{"namespaces":[{{"type":"network","path":"{path}"}}]}}"#);
+            let mut spec = parse(PROCESS, &linux).unwrap().spec;
+            find_namespaces(&mut spec, |id| (id == "one").then_some(42))?;
+            let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+            Ok::<_, SpecError>(namespaces[0].path().clone().unwrap())
         };
-        assert_eq!(memory(r#"{"limit":4096,"swap":8192}"#), (Some(4096), Some(4096)));
-        assert_eq!(memory(r#"{"limit":4096}"#), (Some(4096), Some(4096)));
-        assert_eq!(memory(r#"{"limit":-1,"swap":-1}"#), (None, None));
+        assert_eq!(find("/run/kvrun/containers/one/ns/net").unwrap(), PathBuf::from("/proc/42/ns/net"));
+        for bad in ["/run/kvrun/containers/two/ns/net", "/run/kvrun/containers/one/ns/ipc", "/proc/1/ns/net"]
+        {
+            assert!(find(bad).unwrap_err().to_string().contains(bad));
+        }
     }
 
     #[test]

@@ -2,12 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -15,11 +13,10 @@ use tokio::sync::oneshot;
 
 use super::{REPORT_MAX, Report};
 use crate::descriptor::Descriptor;
-use crate::path::of_fd;
 use crate::reaper::{End, Reaper};
 use crate::stdio::ProcessEnds;
 
-/// Why a container could not be created or started. The text of the first three is for the user.
+/// Why a process could not be created or started. The text of the first three is for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum OciError {
     /// The program to run does not exist.
@@ -28,7 +25,7 @@ pub enum OciError {
     /// The program to run cannot be executed.
     #[error("{0}")]
     NotExecutable(String),
-    /// libcontainer's error.
+    /// Anything else.
     #[error("{0}")]
     Failed(String),
     /// The helper ended without a word.
@@ -54,19 +51,36 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> OciError 
 pub struct Creation<'a> {
     /// The program that is the helper: the agent itself.
     pub helper: &'a Path,
-    /// Where libcontainer keeps its state.
-    pub state_root: &'a Path,
-    /// The directory with `config.json`.
+    /// The directory with the container's `config.json`.
     pub bundle: &'a Path,
-    /// The container's ID.
-    pub id: &'a str,
-    /// Whether libcontainer makes a terminal.
-    pub terminal: bool,
-    /// The container's descriptors 0, 1 and 2.
+    /// The container's cgroup, relative to the root of cgroups.
+    pub cgroup: &'a Path,
+    /// Which process.
+    pub what: What<'a>,
+    /// The process's descriptors 0, 1 and 2; with a terminal, it replaces them.
     pub stdio: ProcessEnds,
 }
 
-/// A container whose process waits for the start.
+/// Which process is created.
+#[derive(Clone, Copy, Debug)]
+pub enum What<'a> {
+    /// The first of a new container.
+    Container {
+        /// Its ID.
+        id: &'a str,
+        /// The bundle directory on the host, which hooks are told.
+        host_bundle: &'a Path,
+    },
+    /// A further one of a running container.
+    Process {
+        /// The container's first process.
+        container: i32,
+        /// A file with the OCI `process`.
+        process: &'a Path,
+    },
+}
+
+/// A process that waits for the start.
 #[derive(Debug)]
 pub struct Created {
     /// The process.
@@ -75,11 +89,14 @@ pub struct Created {
     pub pidfd: OwnedFd,
     /// Its end.
     pub end: oneshot::Receiver<End>,
+    /// The master of its terminal, if its `process.terminal` is true.
+    pub terminal: Option<OwnedFd>,
     /// Starts it.
     pub gate: StartGate,
 }
 
-/// Creates a container. Dropping the future kills the helper; what it has started by then is in the container's cgroup.
+/// Creates a container, or a process in one. Dropping the future kills the helper; what it has started by then ends, and is in the
+/// container's cgroup.
 ///
 /// # Errors
 ///
@@ -88,7 +105,6 @@ pub async fn create(creation: Creation<'_>, reaper: &Reaper) -> Result<Created, 
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(system("make a socket pair"))?;
     let mut reports = Reports::new(ours)?;
-    let state_dir = creation.state_root.join(creation.id);
     let helper = Helper::spawn(creation, theirs, reaper)?;
     loop {
         match reports.next().await? {
@@ -101,20 +117,22 @@ pub async fn create(creation: Creation<'_>, reaper: &Reaper) -> Result<Created, 
                 reports.answer().await?;
                 // The helper exits by itself now.
                 helper.leave();
-                return Ok(Created { pid, pidfd, end, gate: StartGate { reports, state_dir } });
+                let terminal = reports.terminal.take();
+                return Ok(Created { pid, pidfd, end, terminal, gate: StartGate { reports } });
             }
-            Some(Report::Failed(text)) => return Err(reports.failure(text)),
-            Some(_) => {}
+            Some(Report::Terminal) => {}
+            Some(Report::NotFound(text)) => return Err(OciError::NotFound(text)),
+            Some(Report::NotExecutable(text)) => return Err(OciError::NotExecutable(text)),
+            Some(Report::Failed(text)) => return Err(OciError::Failed(text)),
             None => return Err(OciError::HelperDied(helper.end().await)),
         }
     }
 }
 
-/// Starts the user's program of a created container.
+/// Starts the user's program of a created process.
 #[derive(Debug)]
 pub struct StartGate {
     reports: Reports,
-    state_dir: PathBuf,
 }
 
 impl StartGate {
@@ -124,73 +142,45 @@ impl StartGate {
     ///
     /// [`OciError`]: it cannot be executed, or a hook failed. The process ends by itself then.
     pub async fn start(mut self) -> Result<(), OciError> {
-        // The state directory's path with the socket's may be longer than a socket address takes.
-        let dir =
-            openat(CWD, &self.state_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(system("open the container's state"))?;
-        let socket = of_fd(&dir).join(libcontainer::notify_socket::NOTIFY_FILE);
-        // The other end reads until end-of-file, and takes any bytes for the start. Neither call blocks: the listener's
-        // backlog is empty.
-        let mut stream = UnixStream::connect(socket).map_err(system("reach the container's process"))?;
-        io::Write::write_all(&mut stream, b"start").map_err(system("start the container's process"))?;
-        drop(stream);
-        while self.reports.next().await?.is_some() {}
-        match (self.reports.reason.take(), self.reports.detail.take()) {
-            (Some(reason), _) => Err(reason),
-            (None, Some(detail)) => Err(OciError::Failed(detail)),
-            (None, None) => Ok(()),
+        // One that has ended (EPIPE) has said why, or its end is told by the reaper.
+        let _ = self.reports.answer().await;
+        match self.reports.next().await? {
+            None | Some(Report::Created { .. } | Report::Terminal) => Ok(()),
+            Some(Report::NotFound(text)) => Err(OciError::NotFound(text)),
+            Some(Report::NotExecutable(text)) => Err(OciError::NotExecutable(text)),
+            Some(Report::Failed(text)) => Err(OciError::Failed(text)),
         }
     }
 }
 
-/// Receives reports, and keeps the first of each kind.
+/// Receives reports, and the descriptor that comes with one.
 #[derive(Debug)]
 struct Reports {
     socket: Descriptor,
-    reason: Option<OciError>,
-    detail: Option<String>,
+    terminal: Option<OwnedFd>,
 }
 
 impl Reports {
     fn new(socket: OwnedFd) -> Result<Self, OciError> {
         let socket = Descriptor::new(socket).map_err(system("watch the helper's socket"))?;
-        Ok(Self { socket, reason: None, detail: None })
+        Ok(Self { socket, terminal: None })
     }
 
     /// `None`: nobody is left who could send one.
     async fn next(&mut self) -> Result<Option<Report>, OciError> {
-        let mut buf = Vec::with_capacity(REPORT_MAX);
-        let n = self.socket.read(&mut buf).await.map_err(system("read the helper's report"))?;
+        let mut buf = vec![0; REPORT_MAX];
+        let (n, fd) = self.socket.receive(&mut buf).await.map_err(system("read the helper's report"))?;
         if n == 0 {
             return Ok(None);
         }
-        let report = serde_json::from_slice(&buf).map_err(system("understand the helper's report"))?;
-        match &report {
-            Report::NotFound(text) => {
-                self.reason.get_or_insert_with(|| OciError::NotFound(text.clone()));
-            }
-            Report::NotExecutable(text) => {
-                self.reason.get_or_insert_with(|| OciError::NotExecutable(text.clone()));
-            }
-            // The first is the deepest.
-            Report::Detail(text) => {
-                self.detail.get_or_insert_with(|| text.clone());
-            }
-            Report::Created { .. } | Report::Failed(_) => {}
+        if let Some(fd) = fd {
+            self.terminal = Some(fd);
         }
-        Ok(Some(report))
+        serde_json::from_slice(&buf[..n]).map(Some).map_err(system("understand the helper's report"))
     }
 
     async fn answer(&self) -> Result<(), OciError> {
         self.socket.write_all(b"1", |_| ()).await.map_err(system("answer the helper"))
-    }
-
-    fn failure(&mut self, text: String) -> OciError {
-        match (self.reason.take(), self.detail.take()) {
-            (Some(reason), _) => reason,
-            (None, Some(detail)) if !text.contains(&detail) => OciError::Failed(format!("{text} ({detail})")),
-            (None, _) => OciError::Failed(text),
-        }
     }
 }
 
@@ -203,10 +193,15 @@ struct Helper {
 impl Helper {
     fn spawn(creation: Creation<'_>, socket: OwnedFd, reaper: &Reaper) -> Result<Self, OciError> {
         let mut command = Command::new(creation.helper);
+        let (verb, name, extra) = match creation.what {
+            What::Container { id, host_bundle } => ("create", id.to_owned(), host_bundle),
+            What::Process { container, process } => ("exec", container.to_string(), process),
+        };
         command
-            .args(["oci", "create", &socket.as_raw_fd().to_string()])
-            .args([creation.state_root, creation.bundle])
-            .args([creation.id, if creation.terminal { "1" } else { "0" }])
+            .args(["oci", verb, &socket.as_raw_fd().to_string()])
+            .args([creation.bundle, creation.cgroup])
+            .arg(name)
+            .arg(extra)
             .env_clear()
             .stdin(creation.stdio.stdin)
             .stdout(creation.stdio.stdout)

@@ -1,104 +1,106 @@
-//! The last step of a container's first process: finding its program, and exec. Runs inside the container, as the container's
-//! user, under its seccomp filter.
+//! The last step of a process: finding its program, and exec. Runs inside the container, as the container's user.
 
+use std::convert::Infallible;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
-use nix::unistd::{AccessFlags, execv, faccessat};
-use oci_spec::runtime::Spec;
+use nix::unistd::{AccessFlags, execve, faccessat};
+use oci_spec::runtime::Process;
 
-use super::{Report, Reporter};
+use super::error::{SetupError, system};
 
 /// Where a command without '/' is looked for when `process.env` has no `PATH`: what Docker gives to every container.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Executes `process.args`, and reports by kind what is wrong with it.
-#[derive(Clone, Debug)]
-pub struct ContainerExecutor {
-    reporter: Reporter,
+/// Whether the program can be found: a missing one is an error of "create", as with runc.
+///
+/// # Errors
+///
+/// [`SetupError`].
+pub fn check(process: &Process, env: &[String]) -> Result<(), SetupError> {
+    find(command(process)?, path_variable(env)).map(drop)
 }
 
-impl ContainerExecutor {
-    /// Reports through `reporter`.
-    #[must_use]
-    pub fn new(reporter: Reporter) -> Self {
-        Self { reporter }
-    }
+/// A program, with all it is started with.
+#[derive(Debug)]
+pub struct Program {
+    path: PathBuf,
+    c_path: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
 }
 
-impl Executor for ContainerExecutor {
-    /// Before the container counts as created: a missing program is an error of create, as with runc.
-    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let args = args(spec).ok_or_else(|| invalid("process.args is empty"))?;
-        find(&args[0], path_variable(spec)).map(drop).map_err(|report| {
-            self.reporter.send(&report);
-            invalid("process.args[0] cannot be executed")
+impl Program {
+    /// Finds `process.args[0]`.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`].
+    pub fn find(process: &Process, env: &[String]) -> Result<Self, SetupError> {
+        let path = find(command(process)?, path_variable(env))?;
+        let c_strings =
+            |list: &[String]| list.iter().map(|text| c_string(text.as_bytes())).collect::<Result<_, _>>();
+        Ok(Self {
+            c_path: c_string(path.as_os_str().as_bytes())?,
+            path,
+            args: c_strings(process.args().as_deref().unwrap_or_default())?,
+            env: c_strings(env)?,
         })
     }
 
-    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let args = args(spec).ok_or(ExecutorError::InvalidArg)?;
-        let program = find(&args[0], path_variable(spec)).map_err(|report| {
-            self.reporter.send(&report);
-            ExecutorError::InvalidArg
-        })?;
-        let c_args: Vec<CString> = args
-            .iter()
-            .map(|arg| CString::new(arg.as_bytes()))
-            .collect::<Result<_, _>>()
-            .map_err(|_| ExecutorError::InvalidArg)?;
-        let c_program =
-            CString::new(program.as_os_str().as_bytes()).map_err(|_| ExecutorError::InvalidArg)?;
-
+    /// Becomes it.
+    ///
+    /// # Errors
+    ///
+    /// execve(2).
+    pub fn exec(self) -> Result<Infallible, SetupError> {
         // Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored over exec.
         // SAFETY: SIG_DFL installs no handler.
         let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
         let _ = SigSet::empty().thread_set_mask();
-
-        let Err(errno) = execv(&c_program, &c_args);
-        let program = program.display();
-        self.reporter.send(&match errno {
+        let Err(errno) = execve(&self.c_path, &self.args, &self.env);
+        let program = self.path.display();
+        Err(match errno {
             // The program itself was found just now.
-            Errno::ENOENT => Report::NotFound(format!(
+            Errno::ENOENT => SetupError::NotFound(format!(
                 "cannot execute {program:?}: the interpreter or dynamic loader it names does not exist"
             )),
             Errno::EACCES | Errno::EPERM | Errno::ENOEXEC | Errno::EISDIR | Errno::ELIBBAD => {
-                Report::NotExecutable(format!("cannot execute {program:?}: {}", errno.desc()))
+                SetupError::NotExecutable(format!("cannot execute {program:?}: {}", errno.desc()))
             }
-            _ => Report::Detail(format!("cannot execute {program:?}: {}", errno.desc())),
-        });
-        Err(ExecutorError::Other(errno.desc().to_owned()))
+            _ => system(format!("cannot execute {program:?}"))(errno),
+        })
     }
 }
 
-fn invalid(text: &str) -> ExecutorValidationError {
-    ExecutorValidationError::ArgValidationError(text.to_owned())
+fn c_string(bytes: &[u8]) -> Result<CString, SetupError> {
+    CString::new(bytes).map_err(|_| SetupError::field("process", "has a NUL character in args or env"))
 }
 
-fn args(spec: &Spec) -> Option<&[String]> {
-    let args = spec.process().as_ref()?.args().as_ref()?;
-    args.first().is_some_and(|program| !program.is_empty()).then_some(args)
+fn command(process: &Process) -> Result<&str, SetupError> {
+    let first = process.args().as_ref().and_then(|args| args.first()).map(String::as_str);
+    first
+        .filter(|name| !name.is_empty())
+        .ok_or_else(|| SetupError::field("process.args", "is missing or empty"))
 }
 
-fn path_variable(spec: &Spec) -> &str {
-    let env = spec.process().as_ref().and_then(|process| process.env().as_ref());
-    env.into_iter().flatten().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
+fn path_variable(env: &[String]) -> &str {
+    env.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
 }
 
 /// The program that `name` means: a path if it has a '/', else the first executable file of that name along `path`.
-fn find(name: &str, path: &str) -> Result<PathBuf, Report> {
+fn find(name: &str, path: &str) -> Result<PathBuf, SetupError> {
     if name.contains('/') {
         return match look(Path::new(name)) {
             Look::Executable | Look::Unknown => Ok(name.into()),
             Look::Missing => {
-                Err(Report::NotFound(format!("executable {name:?} does not exist in the container")))
+                Err(SetupError::NotFound(format!("executable {name:?} does not exist in the container")))
             }
-            Look::Unusable(why) => Err(Report::NotExecutable(format!("cannot execute {name:?}: {why}"))),
+            Look::Unusable(why) => Err(SetupError::NotExecutable(format!("cannot execute {name:?}: {why}"))),
         };
     }
     let mut unusable = None;
@@ -114,10 +116,10 @@ fn find(name: &str, path: &str) -> Result<PathBuf, Report> {
         }
     }
     match unusable {
-        Some(text) => Err(Report::NotExecutable(text)),
-        None => {
-            Err(Report::NotFound(format!("executable {name:?} not found in the container's $PATH ({path})")))
-        }
+        Some(text) => Err(SetupError::NotExecutable(text)),
+        None => Err(SetupError::NotFound(format!(
+            "executable {name:?} not found in the container's $PATH ({path})"
+        ))),
     }
 }
 
@@ -158,15 +160,19 @@ mod tests {
         std::fs::write(dir.join("data"), "x").unwrap();
         let path = dir.to_str().unwrap();
 
-        assert!(matches!(find("no-such", path), Err(Report::NotFound(text)) if text.contains("\"no-such\"")));
         assert!(
-            matches!(find("/no/such", path), Err(Report::NotFound(text)) if text.contains("\"/no/such\""))
+            matches!(find("no-such", path), Err(SetupError::NotFound(text)) if text.contains("\"no-such\""))
         );
         assert!(
-            matches!(find("data", path), Err(Report::NotExecutable(text)) if text.contains("permission denied"))
+            matches!(find("/no/such", path), Err(SetupError::NotFound(text)) if text.contains("\"/no/such\""))
         );
-        assert!(matches!(find("sub", path), Err(Report::NotExecutable(text)) if text.contains("directory")));
-        assert!(matches!(find(&format!("{path}/data"), ""), Err(Report::NotExecutable(_))));
+        assert!(
+            matches!(find("data", path), Err(SetupError::NotExecutable(text)) if text.contains("permission denied"))
+        );
+        assert!(
+            matches!(find("sub", path), Err(SetupError::NotExecutable(text)) if text.contains("directory"))
+        );
+        assert!(matches!(find(&format!("{path}/data"), ""), Err(SetupError::NotExecutable(_))));
         assert_eq!(find("sh", &format!("{path}:/bin")).unwrap(), Path::new("/bin/sh"));
 
         std::fs::remove_dir_all(dir).unwrap();

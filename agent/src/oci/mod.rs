@@ -1,26 +1,44 @@
-//! Creating containers with `libcontainer`, which forks, waits for what it forked, and changes the working directory of its
-//! process: none of that is for PID 1. So it runs in a helper process:
+//! Creating containers, and further processes in them. That forks, waits for what it forked, and joins namespaces: none of that is for PID 1. So
+//! it runs in a helper process, and the processes that it forks:
 //!
 //! * [`create`] - the agent's end: spawns the helper, learns how it went, starts the user process.
-//! * [`helper`] - the helper's `main`: `kvrun-agent oci create ...`.
-//! * [`executor`] - the last step inside the container, exec, and what can be wrong with it.
-//! * [`events`] - takes libcontainer's error events, which hold causes that its errors leave out.
+//! * [`helper`] - the helper's `main`: what needs the guest's privileges, from outside of the container - its cgroup, trees of mounts, ID mappings.
+//! * [`init`] - the forked process, inside, from its first step to exec, in these parts: [`namespaces`]; [`rootfs`] with [`mount_options`],
+//!   [`copy_up`], [`devices`] and [`in_root`]; [`hooks`]; [`process`] with [`capabilities`] and [`seccomp`]; and [`executor`], exec and what
+//!   can be wrong with it.
+//! * [`error`] - one line for the user; [`sys`] - system calls.
 //!
-//! One `SOCK_SEQPACKET` socket pair connects the two. The helper, and the processes that libcontainer forks from it, send
+//! One `SOCK_SEQPACKET` socket pair connects agent and helper. The helper, and the process that it forks, send
 //! [`Report`]s. The agent answers [`Report::Created`] once it has asked its reaper for the container's process, and the helper
-//! exits; only then is that process reparented to PID 1. The container's process holds the last copy of the helper's end, until
-//! exec closes it: so end-of-file after the start means that the user's program runs.
+//! exits; only then is that process reparented to PID 1. It holds the last copy of the helper's end: one more byte of the agent
+//! starts it, and exec closes the socket: so end-of-file after the start means that the user's program runs.
 
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::net::SendFlags;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 
+use self::error::SetupError;
+
+pub mod capabilities;
+pub mod copy_up;
 pub mod create;
-pub mod events;
+pub mod devices;
+pub mod error;
 pub mod executor;
 pub mod helper;
+pub mod hooks;
+pub mod in_root;
+pub mod init;
+pub mod mount_options;
+pub mod namespaces;
+pub mod process;
+pub mod rootfs;
+pub mod seccomp;
+pub mod sys;
 
 /// The longest text in a report, in bytes.
 const TEXT_MAX: usize = 2048;
@@ -39,9 +57,9 @@ pub enum Report {
     NotFound(String),
     /// The program to run exists and cannot be executed.
     NotExecutable(String),
-    /// An error event of libcontainer: what went wrong, more exactly than its error value tells.
-    Detail(String),
-    /// The container could not be created. The last report.
+    /// Comes with the master of the process's terminal.
+    Terminal,
+    /// What went wrong. The last report.
     Failed(String),
 }
 
@@ -61,6 +79,37 @@ impl Reporter {
         if let Ok(bytes) = serde_json::to_vec(report) {
             let _ = rustix::net::send(&self.0, &bytes, SendFlags::NOSIGNAL);
         }
+    }
+
+    /// Sends one report with a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// sendmsg(2).
+    pub fn send_with(&self, report: &Report, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+        let bytes = serde_json::to_vec(report)?;
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        rustix::net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Reports what went wrong.
+    pub fn fail(&self, err: &SetupError) {
+        let text = error_chain(err);
+        self.send(&match err {
+            SetupError::NotFound(_) => Report::NotFound(text),
+            SetupError::NotExecutable(_) => Report::NotExecutable(text),
+            _ => Report::Failed(text),
+        });
+    }
+
+    /// The socket itself, to wait on.
+    #[must_use]
+    pub fn socket(&self) -> &OwnedFd {
+        &self.0
     }
 
     /// Waits until the agent answers, or is gone.

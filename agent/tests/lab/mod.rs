@@ -1,7 +1,7 @@
 //! A machine for the service: a mount namespace with its own `/run` and a cgroup v2 root, a root file system from the
 //! host's static busybox, and Unix sockets where a guest has vsock. Needs root.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+#![allow(clippy::unwrap_used, dead_code, reason = "a test fails by panic; not every test uses all of it")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvrun_agent::descriptor::Listener;
@@ -39,6 +39,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 pub(crate) struct Lab {
     pub(crate) agent: AgentClient,
     pub(crate) service: AgentService,
+    pub(crate) reaper: Arc<Reaper>,
 }
 
 /// Runs a test in a machine of its own.
@@ -49,11 +50,12 @@ pub(crate) fn lab<F: Future<Output = ()>>(test: impl FnOnce(Lab) -> F) {
     runtime.block_on(async {
         let listener = |path| Listener::new(UnixListener::bind(path).unwrap().into()).unwrap();
         let helper = env!("CARGO_BIN_EXE_kvrun-agent").into();
-        let service = AgentService::new(helper, Reaper::start().unwrap());
+        let reaper = Reaper::start().unwrap();
+        let service = AgentService::new(helper, reaper.clone());
         let _server = service.serve(listener(RPC), listener(STREAMS)).await.unwrap();
         let agent = AgentClient::new(Client::connect(&format!("unix://{RPC}")).await.unwrap());
         let time_limit = Duration::from_secs(60);
-        tokio::time::timeout(time_limit, test(Lab { agent, service })).await.expect("the test hangs");
+        tokio::time::timeout(time_limit, test(Lab { agent, service, reaper })).await.expect("the test hangs");
     });
     // Containers are gone if the test removed them: then this parent is empty.
     fs::remove_dir("/sys/fs/cgroup/kvrun").expect("a container's cgroup is left");

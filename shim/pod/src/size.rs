@@ -1,6 +1,7 @@
 //! How large a virtual machine a bundle asks for.
 //!
-//! * **vCPUs**: `linux.resources.cpu.quota / period`, rounded up (so that a container allowed 1.5 CPUs can use them), else 1.
+//! * **vCPUs**: `linux.resources.cpu.quota / period`, rounded up (so that a container allowed 1.5 CPUs can use them), else 1; and as many
+//!   as `linux.resources.cpu.cpus` needs, which counts the machine's: the last one it names must be there.
 //!   All are started at boot. No more than [`MAX_VCPUS`]. More than the host has is allowed: CPUs may be over-committed.
 //! * **Memory**: without `linux.resources.memory.limit`, [`DEFAULT_MEMORY_MIB`]. With one, the limit plus what the guest itself
 //!   needs: 64 MiB for kernel, initramfs, agent and page cache of its own, and 1/32 of the limit for what the kernel
@@ -41,6 +42,12 @@ pub enum SizeError {
     /// A period of nothing.
     #[error("linux.resources.cpu.period is 0: leave it out or set it to 1000 to 1000000 microseconds")]
     Period,
+    /// A CPU that cannot be there.
+    #[error(
+        "linux.resources.cpu.cpus {0:?} must be a list such as \"0-2,7\" of the CPUs 0 to {last} that a virtual machine can have",
+        last = MAX_VCPUS - 1
+    )]
+    Cpus(String),
     /// Too much memory.
     #[error(
         "linux.resources.memory.limit {limit} is more than a virtual machine can have ({MAX_MEMORY_MIB} MiB with its overhead): lower it, or leave it out for the default"
@@ -74,6 +81,7 @@ impl VmSize {
             cpu.and_then(oci_spec::runtime::LinuxCpu::quota),
             cpu.and_then(oci_spec::runtime::LinuxCpu::period),
         )?;
+        let vcpus = vcpus.max(up_to_last(cpu.and_then(|cpu| cpu.cpus().as_deref()).unwrap_or_default())?);
         Ok(Self { vcpus: VcpuConfig { boot: vcpus, max: vcpus }, memory_mib: memory_mib(limit)? })
     }
 }
@@ -87,6 +95,22 @@ fn vcpus(quota: Option<i64>, period: Option<u64>) -> Result<u8, SizeError> {
     let Some(quota) = quota.and_then(|q| u64::try_from(q).ok()).filter(|q| *q > 0) else { return Ok(1) };
     let cpus = quota.div_ceil(period);
     u8::try_from(cpus).ok().filter(|c| *c <= MAX_VCPUS).ok_or(SizeError::Vcpus { quota, period, cpus })
+}
+
+/// How many CPUs there must be for a list of them (cpuset(7), "List format").
+fn up_to_last(list: &str) -> Result<u8, SizeError> {
+    let wrong = || SizeError::Cpus(list.chars().take(64).collect());
+    let number = |text: &str| text.trim().parse::<u8>().ok().filter(|cpu| *cpu < MAX_VCPUS).ok_or_else(wrong);
+    let mut count = 0;
+    for part in list.split(',').filter(|_| !list.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(wrong());
+        }
+        count = count.max(last + 1);
+    }
+    Ok(count)
 }
 
 fn memory_mib(limit: Option<i64>) -> Result<u32, SizeError> {
@@ -113,6 +137,14 @@ mod tests {
         assert_eq!(vcpus(Some(150_000), None), Ok(2));
         assert_eq!(vcpus(Some(200_000), Some(100_000)), Ok(2));
         assert_eq!(vcpus(Some(3_200_000), Some(100_000)), Ok(32));
+    }
+
+    #[test]
+    fn every_cpu_of_a_list_is_there() {
+        assert_eq!((up_to_last(""), up_to_last("0"), up_to_last("3,1-2")), (Ok(0), Ok(1), Ok(4)));
+        for bad in ["32", "a", "2-1", "1,,2", "-1", "0-"] {
+            assert_eq!(up_to_last(bad), Err(SizeError::Cpus(bad.to_owned())), "{bad}");
+        }
     }
 
     #[test]

@@ -1,21 +1,27 @@
 //! System calls that have no safe wrapper in the crates we use. The only unsafe code of this crate beside the VMM's `pre_exec`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// What [`mount_setattr`] changes.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct MountAttr {
+pub(crate) struct MountAttr<'a> {
     /// `MOUNT_ATTR_*` to set.
     pub(crate) set: u64,
     /// `MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE` or 0 for no change.
     pub(crate) propagation: u64,
+    /// With `MOUNT_ATTR_IDMAP`: the mappings.
+    pub(crate) user_namespace: Option<BorrowedFd<'a>>,
 }
 
 /// mount_setattr(2) on the mount that `mount` is the root of, and on those below it if `recursive`.
-pub(crate) fn mount_setattr(mount: impl AsFd, recursive: bool, attr: MountAttr) -> io::Result<()> {
-    let attr =
-        libc::mount_attr { attr_set: attr.set, attr_clr: 0, propagation: attr.propagation, userns_fd: 0 };
+pub(crate) fn mount_setattr(mount: impl AsFd, recursive: bool, attr: MountAttr<'_>) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: attr.set,
+        attr_clr: 0,
+        propagation: attr.propagation,
+        userns_fd: attr.user_namespace.map_or(0, |fd| fd.as_raw_fd() as u64),
+    };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the descriptor is open while it is borrowed; the path is a C string; the kernel reads `attr` of the length given and
     // keeps no pointer.
@@ -88,4 +94,43 @@ pub(crate) fn keep_descriptors(kept: &[(i32, i32)]) -> io::Result<()> {
     // SAFETY: as above; CLOSE_RANGE_CLOEXEC only sets flags.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A process that does nothing, in namespaces of its own. Dropped, it is gone.
+#[derive(Debug)]
+pub(crate) struct Idle(i32);
+
+impl Idle {
+    /// One in a new user namespace.
+    pub(crate) fn in_user_namespace() -> io::Result<Self> {
+        // SAFETY: an all-zero clone_args is a valid value: no pointer in it is used. Without an exit signal, nobody who
+        // waits for other children hears of it.
+        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+        args.flags = libc::CLONE_NEWUSER as u64;
+        // SAFETY: without CLONE_VM this is a fork; the child makes one system call after another and touches no lock.
+        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+        match pid {
+            0 => loop {
+                // SAFETY: takes nothing. Only SIGKILL is meant to end it.
+                unsafe { libc::pause() };
+            },
+            1.. => Ok(Self(pid as i32)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Its number.
+    pub(crate) fn pid(&self) -> i32 {
+        self.0
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        // SAFETY: our own child, which has not been waited for, so that the number is its. __WALL: it has no exit signal.
+        unsafe {
+            libc::kill(self.0, libc::SIGKILL);
+            libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
+        }
+    }
 }

@@ -5,11 +5,9 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{
-    Hook, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
-};
+use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxResources, LinuxSeccompAction, Process, Spec};
 
-use super::{Fault, mounts};
+use super::{Fault, mounts, namespaces};
 
 /// Character devices the guest has of its own, as (major, minor): null, zero, full, random, urandom, tty, console, ptmx, net/tun, fuse.
 const GUEST_DEVICES: [(i64, i64); 10] =
@@ -63,15 +61,12 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         let length = name.as_ref().map_or(0, String::len);
         refuse(length > UTS_LEN, field, format!("has {length} bytes: it must have no more than {UTS_LEN}"))?;
     }
-    linux(
-        spec.linux()
-            .as_ref()
-            .ok_or_else(|| Fault::new("linux", "is missing: kvrun runs Linux containers"))?,
-    )
+    let missing = || Fault::new("linux", "is missing: kvrun runs Linux containers");
+    linux(spec, spec.linux().as_ref().ok_or_else(missing)?)
 }
 
 /// An error if `wrong`.
-fn refuse(wrong: bool, field: impl Into<String>, problem: impl Into<String>) -> Result<(), Fault> {
+pub(super) fn refuse(wrong: bool, field: impl Into<String>, problem: impl Into<String>) -> Result<(), Fault> {
     if wrong { Err(Fault::new(field, problem)) } else { Ok(()) }
 }
 
@@ -133,7 +128,7 @@ fn process_fields(process: &Process) -> Result<(), Fault> {
     let profile = process.apparmor_profile().as_deref().unwrap_or_default();
     let confined = !profile.is_empty() && profile != "unconfined";
     refuse(confined, "process.apparmorProfile", "is set, but the guest kernel has no AppArmor; remove it")?;
-    refuse(process.exec_cpu_affinity().is_some(), "process.execCPUAffinity", "is not supported; remove it")
+    super::process::check(process)
 }
 
 fn hooks(spec: &Spec) -> Result<(), Fault> {
@@ -149,18 +144,30 @@ fn hooks(spec: &Spec) -> Result<(), Fault> {
         ("poststop", hooks.poststop()),
     ];
     for (name, list) in all {
-        if let Some(first) = list.iter().flatten().map(Hook::path).next() {
-            let problem =
-                format!("has the hook {}, but hooks are not supported yet; remove it", first.display());
-            return Err(Fault::new(format!("hooks.{name}"), problem));
+        let in_guest = matches!(name, "createContainer" | "startContainer");
+        for (index, hook) in list.iter().flatten().enumerate() {
+            let (field, path) = (format!("hooks.{name}[{index}]"), hook.path());
+            refuse(
+                !in_guest,
+                format!("hooks.{name}"),
+                format!(
+                    "has the hook {}, but hooks on the host are not supported yet; remove it",
+                    path.display()
+                ),
+            )?;
+            // config.md, "POSIX-platform Hooks".
+            let problem = format!("{path:?} is not absolute: it must start with /");
+            refuse(!path.is_absolute(), format!("{field}.path"), problem)?;
+            let none = hook.timeout().is_some_and(|timeout| timeout <= 0);
+            refuse(none, format!("{field}.timeout"), "must be greater than 0")?;
         }
     }
     Ok(())
 }
 
-fn linux(linux: &Linux) -> Result<(), Fault> {
-    namespaces(linux)?;
-    devices(linux)?;
+fn linux(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
+    namespaces::check(spec, linux)?;
+    devices(spec, linux)?;
     if let Some(resources) = linux.resources() {
         limits(resources)?;
     }
@@ -187,8 +194,9 @@ fn linux(linux: &Linux) -> Result<(), Fault> {
     if let Some(seccomp) = linux.seccomp() {
         let notifies = seccomp.default_action() == LinuxSeccompAction::ScmpActNotify
             || seccomp.syscalls().iter().flatten().any(|s| s.action() == LinuxSeccompAction::ScmpActNotify);
-        let problem = "asks for a seccomp agent on the host, which cannot serve a guest; remove SCMP_ACT_NOTIFY and listenerPath";
-        refuse(notifies || seccomp.listener_path().is_some(), "linux.seccomp", problem)?;
+        let problem = "asks for a seccomp agent on the host, which cannot serve a guest; remove SCMP_ACT_NOTIFY, listenerPath and listenerMetadata";
+        let listens = seccomp.listener_path().is_some() || seccomp.listener_metadata().is_some();
+        refuse(notifies || listens, "linux.seccomp", problem)?;
     }
     let label = linux.mount_label().as_deref().unwrap_or_default();
     refuse(!label.is_empty(), "linux.mountLabel", "is set, but the guest kernel has no SELinux; remove it")?;
@@ -227,39 +235,14 @@ fn linux(linux: &Linux) -> Result<(), Fault> {
     }
 }
 
-fn namespaces(linux: &Linux) -> Result<(), Fault> {
-    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    for (index, namespace) in namespaces.iter().enumerate() {
-        let field = format!("linux.namespaces[{index}]");
-        if let Some(path) = namespace.path().as_deref().filter(|p| *p != Path::new("")) {
-            let problem = format!(
-                "{} names a {} namespace of the host, which a guest cannot join; remove it for a new namespace",
-                path.display(),
-                name_of(namespace.typ())
-            );
-            return Err(Fault::new(format!("{field}.path"), problem));
-        }
-        // config-linux.md, "Namespaces": a duplicate is an error.
-        let twice = namespaces[..index].iter().any(|earlier| earlier.typ() == namespace.typ());
-        refuse(
-            twice,
-            format!("{field}.type"),
-            format!("{} is there twice; remove one", name_of(namespace.typ())),
-        )?;
-    }
-    // Any other may be left out, and is then that of the guest. But the container's mounts in the guest's own namespace would be
-    // the agent's.
-    let has_mount = namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Mount);
-    refuse(!has_mount, "linux.namespaces", "has no mount namespace; add {\"type\": \"mount\"}")
-}
-
-/// As in the spec: "network", not "net".
-fn name_of(typ: LinuxNamespaceType) -> String {
-    let name = serde_json::to_value(typ).ok();
-    name.as_ref().and_then(|name| name.as_str()).map_or_else(|| typ.to_string(), str::to_owned)
-}
-
-fn devices(linux: &Linux) -> Result<(), Fault> {
+fn devices(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
+    let bound = spec.mounts().iter().flatten().any(|mount| {
+        mounts::is_bind(mount) && mount.destination().components().eq(Path::new("/dev").components())
+    });
+    let any = linux.devices().as_ref().is_some_and(|devices| !devices.is_empty());
+    let problem =
+        "has devices, but /dev is a bind mount: they would be made in its source; remove one of the two";
+    refuse(bound && any, "linux.devices", problem)?;
     for (index, device) in linux.devices().iter().flatten().enumerate() {
         let field = format!("linux.devices[{index}]");
         let path = device.path();
@@ -289,11 +272,10 @@ fn devices(linux: &Linux) -> Result<(), Fault> {
 
 fn limits(resources: &LinuxResources) -> Result<(), Fault> {
     if let Some(cpu) = resources.cpu() {
+        let mems = cpu.mems().as_deref().unwrap_or_default();
         let problem =
-            "names CPUs of the host, which kvrun cannot pin a guest to; use linux.resources.cpu.quota";
-        refuse(cpu.cpus().as_ref().is_some_and(|c| !c.is_empty()), "linux.resources.cpu.cpus", problem)?;
-        let problem = "names memory nodes of the host, which kvrun cannot bind a guest to; remove it";
-        refuse(cpu.mems().as_ref().is_some_and(|m| !m.is_empty()), "linux.resources.cpu.mems", problem)?;
+            format!("{mems:?} names memory nodes that the guest does not have: it has node 0; remove it");
+        refuse(!matches!(mems, "" | "0"), "linux.resources.cpu.mems", problem)?;
         let realtime =
             cpu.realtime_runtime().is_some_and(|r| r != 0) || cpu.realtime_period().is_some_and(|p| p != 0);
         refuse(
@@ -332,12 +314,6 @@ fn limits(resources: &LinuxResources) -> Result<(), Fault> {
             refuse(present, format!("linux.resources.blockIO.{name}"), problem)?;
         }
     }
-    let hugepages = resources.hugepage_limits().as_ref().is_some_and(|l| !l.is_empty());
-    refuse(
-        hugepages,
-        "linux.resources.hugepageLimits",
-        "is not supported yet: the guest has no huge pages; remove it",
-    )?;
     if let Some(network) = resources.network() {
         let set =
             network.class_id().is_some() || network.priorities().as_ref().is_some_and(|p| !p.is_empty());

@@ -5,11 +5,13 @@
 //! "Extensibility".)
 //!
 //! * This file: reading, and opening the root file system and the sources of bind mounts, each exactly once.
-//! * [`check`]: the rules for what a spec may say.
-//! * [`mounts`]: the rules for its mounts.
+//! * [`check`]: the rules for what a spec may say, as far as no other file has them.
+//! * [`process`], [`namespaces`], [`mounts`]: the rules for those.
 
 mod check;
 mod mounts;
+mod namespaces;
+mod process;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,7 +20,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 
-pub use mounts::Bind;
+pub use mounts::{Bind, IdMap};
+pub use namespaces::Siblings;
 pub use oci_spec::runtime::Spec;
 
 /// The largest `config.json` in bytes: ten times what engines write, seccomp profile included, and small enough for one message
@@ -116,6 +119,14 @@ impl Bundle {
     /// # Errors
     /// [`BundleError`], one line that names the file, the field and what is wrong.
     pub fn load(directory: &Path) -> Result<Self, BundleError> {
+        Self::load_beside(directory, &|_| None)
+    }
+
+    /// As [`Bundle::load`], for a container of a pod in which there are others, whose namespaces it may join.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn load_beside(directory: &Path, siblings: Siblings<'_>) -> Result<Self, BundleError> {
         let open_error = |path: &Path| {
             let path = path.to_owned();
             move |e: rustix::io::Errno| BundleError::Open { path, source: e.into() }
@@ -127,9 +138,12 @@ impl Bundle {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = openat(&bundle, "config.json", flags, Mode::empty()).map_err(open_error(&config))?;
         let bytes = read(&config, file.into())?;
-        let spec = parse(&config, &bytes)?;
+        let mut spec = parse(&config, &bytes)?;
         let fault = |fault| BundleError::Field { path: config.clone(), fault };
         check::check(&spec).map_err(fault)?;
+        if let Some(linux) = spec.linux_mut() {
+            namespaces::resolve(linux, siblings).map_err(fault)?;
+        }
 
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root, OFlags::NOFOLLOW)?;

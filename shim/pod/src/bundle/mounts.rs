@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use rustix::fs::{FileType, OFlags};
 
 use super::{BundleError, Fault, open_named};
@@ -23,9 +23,15 @@ pub struct Bind {
     read_only: bool,
     recursively_read_only: bool,
     follows_host: bool,
+    id_map: Option<IdMap>,
 }
 
 impl Bind {
+    /// How the owners of its files appear, if not as they are.
+    pub fn id_map(&self) -> Option<&IdMap> {
+        self.id_map.as_ref()
+    }
+
     /// Which of the spec's mounts it is.
     pub fn index(&self) -> usize {
         self.index
@@ -68,7 +74,7 @@ impl Bind {
 }
 
 /// Whether a mount is a bind mount (config.md, "Mounts": by type, or by option).
-fn is_bind(mount: &Mount) -> bool {
+pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 
@@ -86,23 +92,17 @@ fn last_option(mount: &Mount, yes: &[&str], no: &[&str]) -> bool {
 }
 
 pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
-    spec.mounts().iter().flatten().enumerate().try_for_each(|(index, mount)| check_one(index, mount))
+    spec.mounts().iter().flatten().enumerate().try_for_each(|(index, mount)| check_one(index, mount, spec))
 }
 
-fn check_one(index: usize, mount: &Mount) -> Result<(), Fault> {
+fn check_one(index: usize, mount: &Mount, spec: &Spec) -> Result<(), Fault> {
     let field = |name: &str| format!("mounts[{index}].{name}");
     let destination = mount.destination();
     if !destination.is_absolute() {
         let problem = format!("{destination:?} is not absolute: it must start with /");
         return Err(Fault::new(field("destination"), problem));
     }
-    if mount.uid_mappings().is_some()
-        || mount.gid_mappings().is_some()
-        || has_option(mount, &["idmap", "ridmap"])
-    {
-        let problem = "asks for an ID-mapped mount, which kvrun does not have; leave out uidMappings, gidMappings, idmap and ridmap";
-        return Err(Fault::new(format!("mounts[{index}]"), problem));
-    }
+    id_map(index, mount, spec)?;
     if is_bind(mount) {
         if mount.source().as_ref().is_none_or(|s| s.as_os_str().is_empty()) {
             let problem = format!("is missing: the bind mount at {} needs a source", destination.display());
@@ -122,6 +122,60 @@ fn check_one(index: usize, mount: &Mount) -> Result<(), Fault> {
         }
         None => Err(Fault::new(field("type"), "is missing: it must be bind or a file system".to_owned())),
     }
+}
+
+/// How the owners of files appear in a bind mount (config.md, "Mounts": `uidMappings`, `gidMappings`, and the options `idmap`, `ridmap`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdMap {
+    /// For `/proc/PID/uid_map`: what is on disk, what it appears as, how many.
+    pub(crate) uids: String,
+    /// As above, for groups.
+    pub(crate) gids: String,
+    /// Whether mounts below the source are mapped as well.
+    pub(crate) recursive: bool,
+}
+
+/// Without mappings of its own, an ID-mapped mount has those of the container's user namespace.
+fn id_map(index: usize, mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Fault> {
+    let recursive = has_option(mount, &["ridmap"]);
+    let asked = recursive || has_option(mount, &["idmap"]);
+    let own = (mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref());
+    let (uids, gids, field) = match own {
+        (None, None) if !asked => return Ok(None),
+        (None, None) => {
+            let linux = spec.linux().as_ref();
+            let uids = linux.and_then(|linux| linux.uid_mappings().as_deref());
+            let gids = linux.and_then(|linux| linux.gid_mappings().as_deref());
+            (uids.unwrap_or_default(), gids.unwrap_or_default(), "options")
+        }
+        (Some(uids), Some(gids)) => (uids, gids, "uidMappings"),
+        (Some(_), None) => {
+            return Err(Fault::new(
+                format!("mounts[{index}].gidMappings"),
+                "is missing: uidMappings needs it",
+            ));
+        }
+        (None, Some(_)) => {
+            return Err(Fault::new(
+                format!("mounts[{index}].uidMappings"),
+                "is missing: gidMappings needs it",
+            ));
+        }
+    };
+    let field = format!("mounts[{index}].{field}");
+    if !is_bind(mount) {
+        return Err(Fault::new(field, "asks for an ID-mapped mount, which must be a bind mount"));
+    }
+    if uids.is_empty() || gids.is_empty() {
+        return Err(Fault::new(
+            field,
+            "asks for an ID-mapped mount without mappings: it needs uidMappings and gidMappings, or a user namespace with them",
+        ));
+    }
+    let lines = |mappings: &[LinuxIdMapping]| {
+        mappings.iter().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
+    };
+    Ok(Some(IdMap { uids: lines(uids), gids: lines(gids), recursive }))
 }
 
 /// Opens the sources of all bind mounts of a spec that was checked.
@@ -158,6 +212,8 @@ pub(super) fn open_binds(
                 &["slave", "rslave"],
                 &["private", "rprivate", "unbindable", "runbindable"],
             ),
+            id_map: id_map(index, mount, spec)
+                .map_err(|fault| BundleError::Field { path: config.to_owned(), fault })?,
         });
     }
     Ok(binds)

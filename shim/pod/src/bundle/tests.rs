@@ -253,6 +253,87 @@ fn namespaces_of_the_host_cannot_be_joined() {
 }
 
 #[test]
+fn namespaces_of_a_sibling_are_found_in_the_guest() {
+    let siblings = |pid| (pid == 77).then(|| "infra".parse().unwrap());
+    let load = |kind: &str, path: &str| {
+        let dir = with(|c| push(&mut c["linux"]["namespaces"], json!({"type": kind, "path": path})));
+        Bundle::load_beside(dir.path(), &siblings).map_err(|e| chain(&e))
+    };
+    let bundle = load("network", "/proc/77/ns/net").unwrap();
+    let namespaces = bundle.spec().linux().as_ref().unwrap().namespaces().clone().unwrap();
+    assert_eq!(namespaces[2].path().as_deref(), Some(Path::new("/run/kvrun/containers/infra/ns/net")));
+    for (kind, path) in [
+        ("network", "/proc/78/ns/net"),
+        ("network", "/proc/77/ns/ipc"),
+        ("network", "/var/run/netns/cni-1"),
+        ("ipc", "/proc/self/ns/ipc"),
+        ("uts", "/proc/77/../1/ns/uts"),
+    ] {
+        let line = load(kind, path).unwrap_err();
+        assert!(line.contains("linux.namespaces[2].path") && line.contains(path), "{line}");
+    }
+}
+
+#[test]
+fn what_needs_a_namespace_is_refused_without_it() {
+    refused(&["hostname", "UTS"], |c| c["hostname"] = json!("x"));
+    refused(&["domainname", "UTS"], |c| c["domainname"] = json!("x"));
+    let ids = json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+    refused(&["linux.uidMappings", "user namespace"], |c| c["linux"]["uidMappings"] = ids.clone());
+    refused(&["linux.gidMappings is missing"], |c| {
+        push(&mut c["linux"]["namespaces"], json!({"type": "user"}));
+        c["linux"]["uidMappings"] = ids.clone();
+    });
+    let offsets = |name: &str| json!({name: {"secs": 1, "nanosecs": 0}});
+    refused(&["linux.timeOffsets", "time namespace"], |c| c["linux"]["timeOffsets"] = offsets("monotonic"));
+    refused(&["linux.timeOffsets.realtime"], |c| c["linux"]["timeOffsets"] = offsets("realtime"));
+    refused(&["linux.namespaces[0].path", "mount namespace"], |c| {
+        c["linux"]["namespaces"] = json!([{"type": "mount", "path": "/proc/1/ns/mnt"}]);
+    });
+}
+
+#[test]
+fn process_attributes_must_be_possible() {
+    let process = |name: &'static str, value: Value| move |c: &mut Value| c["process"][name] = value;
+    refused(&["process.user.umask", "0o7777"], process("user", json!({"uid": 0, "gid": 0, "umask": 0o7777})));
+    refused(&["process.oomScoreAdj", "1001"], process("oomScoreAdj", json!(1001)));
+    let priority = json!({"class": "IOPRIO_CLASS_BE", "priority": 8});
+    refused(&["process.ioPriority.priority", "8"], process("ioPriority", priority));
+    refused(&["process.execCPUAffinity.initial"], process("execCPUAffinity", json!({"initial": "a-b"})));
+    for (sets, words) in [
+        (json!({"effective": ["CAP_KILL"]}), ["process.capabilities.effective", "CAP_KILL", "permitted"]),
+        (json!({"inheritable": ["CAP_KILL"]}), ["process.capabilities.inheritable", "CAP_KILL", "bounding"]),
+        (
+            json!({"ambient": ["CAP_KILL"], "permitted": ["CAP_KILL"]}),
+            ["process.capabilities.ambient", "CAP_KILL", "inheritable"],
+        ),
+    ] {
+        refused(&words, process("capabilities", sets));
+    }
+}
+
+#[test]
+fn id_mapped_mounts_need_mappings_and_a_bind_mount() {
+    let ids = json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+    let mount = |mount: Value| move |c: &mut Value| push(&mut c["mounts"], mount);
+    let own = json!({"destination": "/a", "type": "bind", "source": "rootfs", "options": ["bind", "ridmap"],
+        "uidMappings": ids, "gidMappings": ids});
+    let bundle = Bundle::load(with(mount(own)).path()).unwrap();
+    let map = bundle.binds()[0].id_map().unwrap();
+    assert_eq!((map.uids.as_str(), map.gids.as_str(), map.recursive), ("0 1000 10\n", "0 1000 10\n", true));
+    refused(
+        &["mounts[1].gidMappings", "missing"],
+        mount(json!({"destination": "/a", "type": "bind", "source": "rootfs",
+        "uidMappings": ids})),
+    );
+    refused(
+        &["mounts[1].uidMappings", "bind mount"],
+        mount(json!({"destination": "/a", "type": "tmpfs",
+        "uidMappings": ids, "gidMappings": ids})),
+    );
+}
+
+#[test]
 fn what_belongs_to_the_host_is_refused_by_name() {
     let linux = |name: &'static str, value: Value| move |c: &mut Value| c["linux"][name] = value;
     let disk = json!([{"path": "/dev/host-disk", "type": "b", "major": 254, "minor": 0}]);
@@ -278,8 +359,7 @@ fn what_belongs_to_the_host_is_refused_by_name() {
 #[test]
 fn resources_the_guest_does_not_have_are_refused_by_name() {
     let resources = |value: Value| move |c: &mut Value| c["linux"]["resources"] = value;
-    refused(&["linux.resources.cpu.cpus"], resources(json!({"cpu": {"cpus": "0-1"}})));
-    refused(&["linux.resources.cpu.mems"], resources(json!({"cpu": {"mems": "0"}})));
+    refused(&["linux.resources.cpu.mems", "\"1\""], resources(json!({"cpu": {"mems": "1"}})));
     refused(&["linux.resources.cpu", "realtime"], resources(json!({"cpu": {"realtimeRuntime": 1}})));
     refused(&["disableOOMKiller"], resources(json!({"memory": {"disableOOMKiller": true}})));
     refused(
@@ -287,7 +367,6 @@ fn resources_the_guest_does_not_have_are_refused_by_name() {
         resources(json!({"blockIO": {
         "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}})),
     );
-    refused(&["hugepageLimits"], resources(json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 1}]})));
     refused(&["linux.resources.network"], resources(json!({"network": {"classID": 1}})));
     refused(&["linux.resources.rdma"], resources(json!({"rdma": {"mlx5_1": {"hcaHandles": 3}}})));
     refused(&["linux.resources.memory.limit"], resources(json!({"memory": {"limit": "much"}})));
@@ -302,7 +381,17 @@ fn other_platforms_and_hooks_are_refused_by_name() {
     ] {
         refused(&[section], |c| c[section] = value);
     }
-    for hook in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"] {
+    for hook in ["createContainer", "startContainer"] {
+        refused(&[&format!("hooks.{hook}[0].path"), "absolute"], |c| {
+            c["hooks"] = json!({hook: [{"path": "bin/hook"}]});
+        });
+        refused(&[&format!("hooks.{hook}[0].timeout")], |c| {
+            c["hooks"] = json!({hook: [{"path": "/bin/hook", "timeout": 0}]});
+        });
+        Bundle::load(with(|c| c["hooks"] = json!({hook: [{"path": "/bin/hook", "timeout": 1}]})).path())
+            .unwrap();
+    }
+    for hook in ["prestart", "createRuntime", "poststart", "poststop"] {
         refused(&[&format!("hooks.{hook}"), "/usr/bin/hook"], |c| {
             c["hooks"] = json!({hook: [{"path": "/usr/bin/hook"}]});
         });

@@ -17,6 +17,7 @@
 //!   for those below too. So is that no device node of the host can be opened through the share.
 //! * The tmpfs itself is read-only to the VMM: a guest cannot fill the host's memory through it.
 
+mod id_map;
 mod mount_points;
 
 use std::io;
@@ -139,7 +140,8 @@ impl Share {
         let mounted = Mounted(path.to_owned());
         let writable = clone_tree(root.as_fd(), false).map_err(step("clone the share"))?;
         // Shared, so that a mount namespace the VMM makes for itself receives what is mounted here later.
-        let read_only = MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED };
+        let read_only =
+            MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED, ..MountAttr::default() };
         sys::mount_setattr(&root, false, read_only)
             .map_err(|source| ShareError::Attach { path: path.to_owned(), source })?;
         Ok(Self { root, writable, _mounted: mounted })
@@ -195,6 +197,9 @@ impl Share {
             rustix::fs::openat(&self.writable, place, flags, Mode::from_raw_mode(0o644))?;
         }
         let tree = clone_tree(bind.source(), bind.is_recursive())?;
+        if let Some(map) = bind.id_map() {
+            id_map::apply(&tree, map)?;
+        }
         restrict(&tree, bind.is_read_only(), bind.is_recursively_read_only(), bind.follows_host())?;
         self.attach(&tree, place)
     }
@@ -233,12 +238,12 @@ fn restrict(
     let set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
     // Mounts made on the host below the source arrive only where the spec asks for it with `slave` or `rslave`.
     let propagation = if follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
-    sys::mount_setattr(tree, true, MountAttr { set, propagation })?;
+    sys::mount_setattr(tree, true, MountAttr { set, propagation, ..MountAttr::default() })?;
     if read_only || recursively_read_only {
         sys::mount_setattr(
             tree,
             recursively_read_only,
-            MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: 0 },
+            MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() },
         )?;
     }
     Ok(())

@@ -36,7 +36,9 @@ pub(super) fn make(root: BorrowedFd<'_>, bundle: &Bundle) -> Result<(), MountPoi
             made.map_err(|source| MountPointError { path: mount.destination().clone(), source })?;
         }
     }
-    Ok(())
+    // Without a mount of the spec, the agent mounts one for the default devices.
+    let dev = Path::new("/dev");
+    make_one(root, dev, false).map_err(|source| MountPointError { path: dev.to_owned(), source })
 }
 
 /// Makes the working directory of a bundle if it is missing in `root`, as runc does, unless it is in another mount.

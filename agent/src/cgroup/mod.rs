@@ -1,11 +1,14 @@
-//! The cgroup of a container: where it is, who is in it, how it ends. libcontainer makes it and sets its limits; the agent
-//! kills and removes it. cgroup v2 only (Linux 6.12 `Documentation/admin-guide/cgroup-v2.rst`).
+//! The cgroup of a container: where it is, who is in it, how it ends. The helper makes it, sets its [`limits`] and its
+//! [`device_filter`]; the agent kills and removes it. cgroup v2 only (Linux 6.12 `Documentation/admin-guide/cgroup-v2.rst`).
 
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::process::{Pid, Signal};
+
+pub mod device_filter;
+pub mod limits;
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -47,10 +50,10 @@ impl Cgroup {
         Ok(Self { path })
     }
 
-    /// What to write into the config: an absolute path, for which libcontainer takes the cgroupfs driver in every case.
+    /// Where it is, relative to [`ROOT`].
     #[must_use]
-    pub fn in_spec(&self) -> PathBuf {
-        Path::new("/").join(&self.path)
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether one is the other, or below it: then killing one would kill the other.
@@ -144,17 +147,17 @@ mod tests {
 
     fn path(given: Option<&str>) -> Option<String> {
         let cgroup = Cgroup::from_spec(given.map(Path::new), "c1").ok()?;
-        Some(cgroup.in_spec().to_str()?.to_owned())
+        Some(cgroup.path().to_str()?.to_owned())
     }
 
     #[test]
     fn the_path_is_always_below_the_root() {
         for (given, expected) in [
-            (None, "/kvrun/c1"),
-            (Some(""), "/kvrun/c1"),
-            (Some("a/b"), "/a/b"),
-            (Some("//a/./b/"), "/a/b"),
-            (Some("system.slice:docker:c1"), "/system.slice:docker:c1"),
+            (None, "kvrun/c1"),
+            (Some(""), "kvrun/c1"),
+            (Some("a/b"), "a/b"),
+            (Some("//a/./b/"), "a/b"),
+            (Some("system.slice:docker:c1"), "system.slice:docker:c1"),
         ] {
             assert_eq!(path(given).as_deref(), Some(expected));
         }
