@@ -22,13 +22,12 @@ use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
 use crate::devices::virtio::net::{Net, NetConfig, NetError};
-use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::jail::Jail;
-use crate::memory::window::{Window, WindowError};
+use crate::memory::devices::{MemoryDeviceError, MemoryDevices};
 use crate::memory::{AddressSpace, MemoryError};
 use crate::state::{MachineState, SaveError};
 use crate::thread::{self, Class};
@@ -82,12 +81,20 @@ pub enum MachineError {
     /// A link.
     #[error("cannot attach the link")]
     Net(#[from] NetError),
-    /// A file as memory.
-    #[error("cannot make the file memory of the guest")]
-    Window(#[from] WindowError),
-    /// There is nowhere to put files.
-    #[error("the host has no address space for files as memory of the guest")]
-    NoWindow,
+    /// A device of guest memory.
+    #[error("cannot attach a device of guest memory")]
+    MemoryDevice(#[from] MemoryDeviceError),
+    /// There can be only one of its kind.
+    #[error("the machine has a device of kind {0} already")]
+    SecondDevice(&'static str),
+    /// The guest would lose memory that it uses.
+    #[error("{} MiB are plugged by the device in slot {slot}; unplug them first", plugged >> 20)]
+    InUse {
+        /// Which slot.
+        slot: u8,
+        /// In bytes.
+        plugged: u64,
+    },
     /// Guest memory.
     #[error("cannot get guest memory")]
     Memory(#[from] MemoryError),
@@ -124,14 +131,15 @@ impl From<MachineError> for RequestError {
             | MachineError::Blk(_)
             | MachineError::Fs(_)
             | MachineError::Net(_)
-            | MachineError::Memory(MemoryError::TooLarge(_))
-            | MachineError::Window(WindowError::NotAFile | WindowError::Empty | WindowError::Full(_)) => {
-                Self::Invalid(message)
-            }
+            | MachineError::Memory(MemoryError::TooLarge(_)) => Self::Invalid(message),
+            MachineError::MemoryDevice(ref e) if e.is_invalid() => Self::Invalid(message),
             MachineError::Arch(ArchError::Kernel(_) | ArchError::Boot(_)) => Self::Invalid(message),
-            MachineError::BootedAlready | MachineError::NoSuchDevice(_) | MachineError::NoShare => {
-                Self::Precondition(message)
-            }
+            MachineError::BootedAlready
+            | MachineError::NoSuchDevice(_)
+            | MachineError::NoShare
+            | MachineError::MemoryDevice(_)
+            | MachineError::SecondDevice(_)
+            | MachineError::InUse { .. } => Self::Precondition(message),
             MachineError::Slot { source: SlotError::Device(DeviceRequestError::Range { .. }), .. } => {
                 Self::Invalid(message)
             }
@@ -160,7 +168,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     exit: Arc<ExitSlot>,
     slots: Vec<Arc<MmioSlot>>,
-    window: Option<Arc<Window>>,
+    memory: MemoryDevices,
     vsock: VsockHandle,
     console: Arc<Console>,
     marks: Arc<BootMarks>,
@@ -193,7 +201,7 @@ impl Machine {
         let space = AddressSpace::map(&map.map_err(MemoryError::from)?)?;
         let source = BootSource { kernel: &kernel, initramfs: &initramfs, cmdline: &cmdline(config) };
         let arch::Built { vm, vcpus, layout } = arch::build(&kvm, &space.ram, &source, config.vcpus)?;
-        let window = space.window.clone().map(|region| Arc::new(Window::new(region, vm.clone())));
+        let memory = MemoryDevices::new(&space, mib(config.hotplug_mib), &vm, kvm.get_nr_memslots());
 
         let event_loop = EventLoopThread::spawn()?;
         let exit = Arc::new(ExitSlot::new().map_err(host("make the exit event"))?);
@@ -221,7 +229,7 @@ impl Machine {
             vcpus,
             exit,
             slots,
-            window,
+            memory,
             vsock: vsock_handle,
             console,
             marks,
@@ -263,11 +271,17 @@ impl Machine {
             }
             DeviceConfig::Pmem => {
                 let [file] = exactly(fds)?;
-                let window = self.window.as_ref().ok_or(MachineError::NoWindow)?;
-                Box::new(Pmem::new(self.event_loop.handle.clone(), window.map(file)?))
+                Box::new(self.memory.pmem(self.event_loop.handle.clone(), file)?)
             }
-            DeviceConfig::Mem | DeviceConfig::Balloon { .. } => {
-                return Err(MachineError::NoSuchDevice("device of this kind"));
+            DeviceConfig::Mem => {
+                let [] = exactly(fds)?;
+                self.only_one("mem")?;
+                Box::new(self.memory.mem(self.event_loop.handle.clone())?)
+            }
+            DeviceConfig::Balloon { free_page_reporting } => {
+                let [] = exactly(fds)?;
+                self.only_one("balloon")?;
+                Box::new(self.memory.balloon(self.event_loop.handle.clone(), free_page_reporting))
             }
         };
         self.fill(slot, device)
@@ -278,6 +292,10 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Slot`] if it is empty, [`MachineError::Range`] if there is no such slot or it is not to be emptied.
     pub fn detach(&self, slot: u8) -> Result<(), MachineError> {
+        let plugged = self.memory.plugged();
+        if plugged > 0 && self.free_slot(slot)?.device_name() == Some("mem") {
+            return Err(MachineError::InUse { slot, plugged });
+        }
         let kicks = self.free_slot(slot)?.empty().map_err(|source| MachineError::Slot { slot, source })?;
         for (queue, kick) in kicks.iter().enumerate() {
             self.vm
@@ -359,6 +377,8 @@ impl Machine {
             first_entry_ns: self.vcpus.first_entry_ns(),
             boot_marks: self.marks.marks(),
             exits: self.vcpus.exits(),
+            plugged_mib: (self.memory.plugged() >> 20) as u32,
+            balloon_mib: (self.memory.in_balloon() >> 20) as u32,
         }
     }
 
@@ -385,6 +405,13 @@ impl Machine {
     /// The end of what the guest wrote to its console.
     pub fn console_tail(&self) -> String {
         self.console.tail()
+    }
+
+    fn only_one(&self, kind: &'static str) -> Result<(), MachineError> {
+        if self.slots.iter().any(|slot| slot.device_name() == Some(kind)) {
+            return Err(MachineError::SecondDevice(kind));
+        }
+        Ok(())
     }
 
     fn free_slot(&self, slot: u8) -> Result<&MmioSlot, MachineError> {

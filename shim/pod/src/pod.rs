@@ -31,10 +31,11 @@ use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
 /// * `panic=-1 reboot=k`: a panic resets the machine at once, by the keyboard controller, which the VMM notices.
 /// * `noreplace-smp`: leave the lock prefixes in a kernel that starts with one CPU. Patching them out, one page-table switch each, takes
 ///   longer than most of the boot's steps, and a CPU that comes online later would have them patched in again.
+/// * `memory_hotplug.online_policy=auto-movable`: most memory that is plugged holds only what can be moved, so that it can be unplugged.
 /// * `dummy.numdummies=0`: the driver of dummy links is for who asks for one, and makes none of its own.
 ///
 /// What other machine monitors add here (`nomodule`, `pci=off`, `i8042.*`, `cryptomgr.notests`) is not in the guest kernel at all.
-pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k noreplace-smp dummy.numdummies=0";
+pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k noreplace-smp memory_hotplug.online_policy=auto-movable dummy.numdummies=0";
 
 /// The version of the KVM API; it will not change (Linux Documentation/virt/kvm/api.rst, 4.1).
 const KVM_API_VERSION: i32 = 12;

@@ -46,7 +46,8 @@ pub enum Request {
         /// The device.
         device: DeviceConfig,
     },
-    /// Empty a slot: the device is reset, its descriptors closed. Unbind the guest's driver first.
+    /// Empty a slot: the device is reset, its descriptors closed. Unbind the guest's driver first, and unplug all memory that a
+    /// memory device has plugged.
     Detach {
         /// The slot.
         slot: u8,
@@ -64,7 +65,8 @@ pub enum Request {
     /// Ask the guest to plug or unplug memory through its virtio-mem device. Answered with [`Reply::Done`] once the guest has been
     /// told; how far it has come is in [`Reply::State`].
     ResizeMemory {
-        /// Memory wanted beyond [`VmConfig::memory_mib`], in MiB; at most [`VmConfig::hotplug_mib`].
+        /// Memory wanted beyond [`VmConfig::memory_mib`], in MiB; at most [`VmConfig::hotplug_mib`]. Rounded up to whole blocks, which
+        /// are of [`MEM_BLOCK_MIB`](crate::config::MEM_BLOCK_MIB) unless the machine may grow by more than KVM has memory slots for.
         plugged_mib: u32,
     },
     /// Ask the guest to give this much memory to its balloon. Answered as [`Request::ResizeMemory`].
@@ -141,9 +143,14 @@ pub struct VmState {
     pub boot_marks: Vec<(u8, u64)>,
     /// How often each vCPU left the guest for the VMM (in all `KVM_RUN` returns), one number per vCPU.
     pub exits: Vec<u64>,
+    /// How much memory is plugged beyond what the machine booted with, in MiB.
+    pub plugged_mib: u32,
+    /// How much memory is in the balloon, in MiB, as the guest says.
+    pub balloon_mib: u32,
 }
 
-/// What the machine has counted since it booted. Counters only grow.
+/// What the machine has counted since it booted. Counters only grow, but for those whose names begin with `guest_`, which are what
+/// the guest said last about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmMetrics {

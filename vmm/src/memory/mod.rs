@@ -7,11 +7,13 @@
 //! * [`slot`] - memory slots, and who has which numbers.
 //! * [`hotplug`] - memory that is plugged and unplugged, for virtio-mem.
 //! * [`window`] - files as read-only memory, for virtio-pmem.
+//! * [`devices`] - virtio-mem, virtio-pmem and virtio-balloon, made of all this.
 //! * [`reclaim`] - pages given back to the host, for virtio-balloon and virtio-mem.
 //!
 //! A hostile guest can have its devices write where it has no memory slot. That gains it nothing but pages of zeroes or private
 //! copies of file pages, charged to its pod, which it cannot reach.
 
+pub mod devices;
 pub mod hotplug;
 pub mod reclaim;
 pub mod slot;

@@ -99,6 +99,8 @@ fn answers_may_come_in_any_order() {
                 first_entry_ns: 1,
                 boot_marks: Vec::new(),
                 exits: Vec::new(),
+                plugged_mib: 0,
+                balloon_mib: 0,
             };
             fake.send(&FromVmm::Reply { id: state, result: Ok(Reply::State(reply)) });
             fake.done(pause);

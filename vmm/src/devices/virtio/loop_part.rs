@@ -67,4 +67,12 @@ impl<T: Subscriber> LoopPart<T> {
             _ => None,
         }
     }
+
+    /// As [`LoopPart::paused`], to change it.
+    pub(crate) fn paused_mut(&mut self) -> Option<&mut T> {
+        match &mut self.state {
+            State::Paused(part) => Some(part),
+            _ => None,
+        }
+    }
 }

@@ -299,8 +299,7 @@ impl Transport {
             }
             // s4.2.2: no shared memory region reads as one of length 2^64 - 1.
             reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
-            // No device here changes its configuration space in more than one access' width.
-            reg::CONFIG_GENERATION => 0,
+            reg::CONFIG_GENERATION => self.device.config_generation(),
             _ => 0,
         }
     }

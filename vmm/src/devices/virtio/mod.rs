@@ -5,14 +5,16 @@
 //! * [`state`] - what a slot and its device would need to go on elsewhere.
 //! * [`loop_part`] - the part of a device that works on the event loop, [`served`] - that of one which only serves its queues; [`counter`] - what devices count with.
 //! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
-//! * `blk`, `fs`, `net`, `pmem`, `rng`, `vsock` - the devices.
+//! * `balloon`, `blk`, `fs`, `mem`, `net`, `pmem`, `rng`, `vsock` - the devices.
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
 
+pub mod balloon;
 pub mod blk;
 pub(crate) mod counter;
 pub mod fs;
 pub(crate) mod loop_part;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
@@ -57,6 +59,11 @@ pub trait VirtioDevice: Send {
 
     /// Reads configuration space. Bytes beyond its end read as zero: see [`read_config_bytes`].
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Changes whenever something in configuration space has changed that a driver reads in more than one access (virtio 1.3 s2.5.1).
+    fn config_generation(&self) -> u32 {
+        0
+    }
 
     /// Writes configuration space. Most devices have nothing writable there.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
@@ -168,6 +175,9 @@ pub enum ActivateError {
     /// The driver left a queue unconfigured that the device cannot do without.
     #[error("the driver did not set up queue {0}")]
     MissingQueue(u16),
+    /// The driver did not accept a feature that the device cannot do without.
+    #[error("the driver did not accept {0}")]
+    MissingFeature(&'static str),
     /// A host resource (thread, descriptor, ...) could not be had.
     #[error("cannot {what}")]
     Host {

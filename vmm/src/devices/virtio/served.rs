@@ -17,6 +17,14 @@ pub(crate) trait Serve: Send + 'static {
     /// # Errors
     /// [`QueueError`]: the driver broke the rules, and the device is deaf until it is reset.
     fn turn(&mut self, queue: &mut VirtQueue, mem: &GuestRam) -> Result<Turn, QueueError>;
+
+    /// Ends what is under way in a queue, for the device is about to rest.
+    ///
+    /// # Errors
+    /// As [`Serve::turn`].
+    fn settle(&mut self, _queue: &mut VirtQueue, _mem: &GuestRam) -> Result<Turn, QueueError> {
+        Ok(Turn::default())
+    }
 }
 
 /// How a turn went.
@@ -30,7 +38,7 @@ pub(crate) struct Turn {
 
 /// The queues of a device and what serves them, on the event loop.
 pub(crate) struct Served<S> {
-    pub(crate) serve: S,
+    serve: S,
     mem: GuestRam,
     interrupt: Arc<dyn InterruptLine>,
     /// `None` where the driver did not make it ready.
@@ -50,8 +58,25 @@ impl<S: Serve> Served<S> {
         let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut) else { return Ok(()) };
         queue.clear_kick();
         let turn = self.serve.turn(queue, &self.mem)?;
-        if turn.answered && queue.needs_interrupt(&self.mem)? {
-            self.interrupt.signal_queue(queue.index());
+        Self::after(turn, queue, &self.mem, &*self.interrupt)
+    }
+
+    fn settle(&mut self) -> Result<(), QueueError> {
+        for queue in self.queues.iter_mut().flatten() {
+            let turn = self.serve.settle(queue, &self.mem)?;
+            Self::after(turn, queue, &self.mem, &*self.interrupt)?;
+        }
+        Ok(())
+    }
+
+    fn after(
+        turn: Turn,
+        queue: &mut VirtQueue,
+        mem: &GuestRam,
+        interrupt: &dyn InterruptLine,
+    ) -> Result<(), QueueError> {
+        if turn.answered && queue.needs_interrupt(mem)? {
+            interrupt.signal_queue(queue.index());
         }
         if turn.more {
             queue.kick_again();
@@ -113,8 +138,21 @@ impl<S: Serve> ServedPart<S> {
         self.part.stop();
     }
 
+    /// Takes the device off the loop, nothing being under way.
     pub(crate) fn pause(&mut self) {
         self.part.pause();
+        let Some(served) = self.part.paused_mut() else { return };
+        if !served.broken
+            && let Err(reason) = served.settle()
+        {
+            served.broken = true;
+            served.interrupt.needs_reset(&reason);
+        }
+    }
+
+    /// What serves, while it is paused.
+    pub(crate) fn paused(&self) -> Option<&S> {
+        self.part.paused().map(|served| &served.serve)
     }
 
     /// Goes on; a device that cannot is deaf until it is reset.

@@ -6,8 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::balloon::BalloonState;
 use super::blk::BlkState;
 use super::fs::FsState;
+use super::mem::MemState;
 use super::net::NetState;
 use super::pmem::PmemState;
 use super::rng::RngState;
@@ -43,6 +45,10 @@ pub enum DeviceState {
     Net(NetState),
     /// virtio-fs.
     Fs(FsState),
+    /// virtio-mem.
+    Mem(MemState),
+    /// virtio-balloon.
+    Balloon(BalloonState),
     /// virtio-pmem.
     Pmem(PmemState),
     /// virtio-rng.
