@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kvrun_e2e::vm::{Machine, Shape};
 use kvrun_e2e::{Case, Test, cases};
 
+mod blk;
 mod clock;
 mod fs;
 mod net;
@@ -13,7 +14,7 @@ mod vcpus;
 mod vsock;
 
 pub(crate) const GROUPS: &[&[Case]] =
-    &[CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES];
+    &[CASES, blk::CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES];
 
 const CASES: &[Case] =
     cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];

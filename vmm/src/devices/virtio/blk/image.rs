@@ -31,9 +31,10 @@ pub enum ImageError {
     /// The descriptor allows less than the disk is to do.
     #[error("disk image is not open for {0}")]
     Access(&'static str),
-    /// The host's alignment rules would become the guest's, which knows nothing of them.
-    #[error("disk image is open with O_DIRECT")]
-    Direct,
+    /// The descriptor has a flag that cannot be. `O_DIRECT`: the host's rules of alignment would become the guest's, which knows nothing
+    /// of them. `O_NONBLOCK`: a ring would fail what has to wait for the medium.
+    #[error("disk image is open with {0}")]
+    Flag(&'static str),
     /// The host refused.
     #[error("cannot {what} of the disk image")]
     Host {
@@ -78,8 +79,10 @@ impl Image {
         if !read_only && mode != OFlags::RDWR {
             return Err(ImageError::Access("writing"));
         }
-        if flags.contains(OFlags::DIRECT) {
-            return Err(ImageError::Direct);
+        for (flag, name) in [(OFlags::DIRECT, "O_DIRECT"), (OFlags::NONBLOCK, "O_NONBLOCK")] {
+            if flags.contains(flag) {
+                return Err(ImageError::Flag(name));
+            }
         }
         let is_block_device = kind == FileType::BlockDevice;
         let (block_size, granularity) = if is_block_device {

@@ -130,8 +130,10 @@ impl Session {
             };
             engine.wait(deadline, &mut done);
             self.complete(engine, &mut done)?;
+            // Before more is taken: the driver has waited for these.
+            self.tell()?;
         }
-        self.tell()
+        Ok(())
     }
 
     /// Takes requests from the queues in turn and hands them to the engine.

@@ -403,6 +403,9 @@ fn what_cannot_be_a_disk_is_refused() {
     let serial = "serial number \"one and twenty bytes!\" of the disk is longer than 20 bytes";
     assert_eq!(refusal(both(), false, "one and twenty bytes!"), serial);
     assert!(open(read(), true, "exactly twenty bytes").is_ok());
+    let nonblocking = both();
+    rustix::fs::fcntl_setfl(&nonblocking, OFlags::NONBLOCK).unwrap();
+    assert_eq!(refusal(nonblocking, true, ""), "disk image is open with O_NONBLOCK");
     let direct = both();
     // Not every file system has it.
     if rustix::fs::fcntl_setfl(&direct, OFlags::DIRECT).is_ok() {
