@@ -3,6 +3,7 @@
 #   make demo             run a container in a micro-VM and look at it
 #   make test             everything CI runs
 #   make bench            measure; table on the terminal, numbers in target/bench/latest.json
+#   make fuzz             a minute of fuzzing for each thing that reads a stranger's bytes
 #   make build            all of kvrun, in target/stage
 #   make install PREFIX=  copy it to PREFIX (default /usr/local)
 
@@ -10,7 +11,7 @@ PREFIX ?= /usr/local
 STAGE := target/stage
 RELEASE := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: demo test bench build install setup clean
+.PHONY: demo test bench fuzz build install setup clean
 
 setup:
 	tests/setup
@@ -37,6 +38,9 @@ test: build
 bench: build
 	cargo build --release --locked -p kvrun-bench
 	tests/bench/bench
+
+fuzz: setup
+	tests/fuzz/run
 
 clean:
 	rm -rf target

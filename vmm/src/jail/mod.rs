@@ -149,8 +149,11 @@ impl Share {
     }
 
     /// A share without a jail around it, for tests of the file server.
-    #[cfg(test)]
-    pub(crate) fn unjailed(directory: OwnedFd) -> Self {
+    ///
+    /// # Panics
+    /// Without procfs.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn unjailed(directory: OwnedFd) -> Self {
         Self {
             directory,
             proc_fds: File::open("/proc/self/fd").expect("procfs").into(),
