@@ -232,7 +232,8 @@ fn threads_come_with_requests_that_block_and_go_when_they_are_not_needed() {
         guest.driver.kick_if_wanted(REQUESTS);
         leased.wait_for_opener();
     }
-    assert_eq!(threads(&guest), 4);
+    // One for each request that blocks and one that listens; and another if a look-up came while that one was still at work.
+    assert!((4..=5).contains(&threads(&guest)), "{} threads", threads(&guest));
     drop(leased);
     let rest = std::time::Duration::from_secs(REST.tv_sec as u64);
     let start = std::time::Instant::now();
