@@ -119,7 +119,7 @@ pub(crate) fn vsock(data: &[u8]) -> Corpus {
     let accepted = {
         let streams = streams.clone();
         Box::new(move |_port, stream: OwnedFd| {
-            streams.lock().expect("no panic").push(UnixStream::from(stream))
+            streams.lock().expect("no panic").push(UnixStream::from(stream));
         })
     };
     let (device, handle) = Vsock::new(EVENTS.clone(), 3, vec![1024, 1], accepted).expect("a device");
