@@ -127,7 +127,8 @@ fn unknown_namespace(t: &Test) -> Result<()> {
 
 fn namespace_of_the_host(t: &Test) -> Result<()> {
     refused(t, &["namespace", "/proc/1/ns/ipc"], |spec| {
-        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]);
+        spec["linux"]["namespaces"] =
+            json!([{"type": "mount"}, {"type": "uts"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}]);
     })
 }
 
