@@ -9,12 +9,19 @@ use kvrun_e2e::{Case, Test, cases};
 mod blk;
 mod clock;
 mod fs;
+mod host;
+mod memory;
 mod net;
+mod pmem;
 mod vcpus;
 mod vsock;
 
 pub(crate) const GROUPS: &[&[Case]] =
+<<<<<<< HEAD
     &[CASES, blk::CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES];
+=======
+    &[CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES, memory::CASES, pmem::CASES];
+>>>>>>> 5be7384 (Test devices of memory end to end)
 
 const CASES: &[Case] =
     cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];
