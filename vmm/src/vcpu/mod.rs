@@ -256,8 +256,12 @@ impl VcpuSet {
     /// Has the thread of every vCPU do something, for which the vCPU must be held.
     fn on_each_held(&self, task: Arc<Task>) -> Result<(), SaveError> {
         let mut state = locked(self.shared.state.lock());
-        if state.want != Want::Park || state.resting < self.vcpus.len() {
+        if state.want != Want::Park {
             return Err(SaveError::Running);
+        }
+        // One that has only just been spawned is still on its way there.
+        while state.resting < self.vcpus.len() {
+            state = locked(self.shared.parked.wait(state));
         }
         if state.ended > 0 {
             return Err(SaveError::Ended);
