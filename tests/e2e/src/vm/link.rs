@@ -75,6 +75,14 @@ impl Link {
     pub fn attach(&self, vm: &Machine, slot: u8) -> Result<()> {
         let fds: Vec<BorrowedFd<'_>> = self.fds.iter().map(AsFd::as_fd).collect();
         vm.attach(slot, self.config.clone(), &fds)?;
+        self.set_up(vm, slot)
+    }
+
+    /// Has the guest set up the link in a slot.
+    ///
+    /// # Errors
+    /// When the guest refuses.
+    pub fn set_up(&self, vm: &Machine, slot: u8) -> Result<()> {
         let request = self.request(slot);
         vm.block_on(vm.pod().agent().set_up_network(&request)).context("the guest's network")
     }

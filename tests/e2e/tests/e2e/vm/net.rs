@@ -130,7 +130,10 @@ fn link_is_taken_away_and_given_back(t: &Test) -> Result<()> {
     link.attach(&vm, SLOT)?;
     vm.block_on(vm.pod().agent().unbind_slot(SLOT))?;
     vm.block_on(vm.pod().agent().bind_slot(SLOT))?;
-    ensure!(vm.counter(SLOT, "tx_packets")? > 0);
+    link.set_up(&vm, SLOT)?;
+    let sent = vm.counter(SLOT, "tx_packets")?;
+    vm.sh(&format!("ping -c 1 {}", HOST.0))?;
+    ensure!(vm.counter(SLOT, "tx_packets")? > sent);
     Ok(())
 }
 
