@@ -3,22 +3,18 @@
 //! It works on the event loop, in turns of bounded length: a guest that asks for entropy without end gets it in slices between
 //! which everything else on the loop is served.
 
-use std::io;
 use std::sync::Arc;
 
-use rustix::event::epoll::EventFlags;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Address, Bytes};
 
 use super::counter::Counter;
-use super::loop_part::LoopPart;
 use super::queue::{Chain, QueueError};
-use super::{
-    ActivateError, Activation, DeviceState, GuestRam, InterruptLine, SavedDevice, VirtQueue, VirtioDevice,
-};
-use crate::event_loop::{LoopHandle, Registry, Subscriber};
+use super::served::{Serve, ServedPart, Turn};
+use super::{ActivateError, Activation, DeviceState, GuestRam, SavedDevice, VirtQueue, VirtioDevice};
+use crate::event_loop::LoopHandle;
 
 /// Linux keeps one buffer in flight; more would be spent on nothing.
 const QUEUE_SIZES: [u16; 1] = [16];
@@ -31,7 +27,7 @@ const SLICE: usize = 256;
 
 /// The entropy device.
 pub struct Rng {
-    source: LoopPart<Source>,
+    source: ServedPart<Source>,
     counters: Arc<Counters>,
 }
 
@@ -49,7 +45,7 @@ struct Counters {
 impl Rng {
     /// A device that works on this event loop.
     pub fn new(events: LoopHandle) -> Self {
-        Self { source: LoopPart::new(events), counters: Arc::default() }
+        Self { source: ServedPart::new(events), counters: Arc::default() }
     }
 }
 
@@ -75,16 +71,8 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let [queue] = activation.take_queues()?;
-        let source = Source {
-            queue,
-            mem: activation.mem,
-            interrupt: activation.interrupt,
-            counters: self.counters.clone(),
-            broken: false,
-        };
-        self.source.start(Box::new(source)).map_err(wait_error)
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.source.start(activation, Source { counters: self.counters.clone() })
     }
 
     fn reset(&mut self) {
@@ -96,15 +84,11 @@ impl VirtioDevice for Rng {
     }
 
     fn resume(&mut self) {
-        let interrupt = self.source.paused().map(|source| source.interrupt.clone());
-        if let (Err(e), Some(interrupt)) = (self.source.resume(), interrupt) {
-            interrupt.needs_reset(&wait_error(e));
-        }
+        self.source.resume();
     }
 
     fn save(&self) -> Option<SavedDevice> {
-        let queues = self.source.paused().map(|source| vec![Some(source.queue.position())]);
-        Some(SavedDevice { queues: queues.unwrap_or_default(), state: DeviceState::Rng(RngState {}) })
+        Some(SavedDevice { queues: self.source.positions(), state: DeviceState::Rng(RngState {}) })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -112,67 +96,25 @@ impl VirtioDevice for Rng {
     }
 }
 
-fn wait_error(source: io::Error) -> ActivateError {
-    ActivateError::Host { what: "wait for entropy requests", source }
-}
-
-/// The device's part on the event loop.
+/// Fills buffers.
 struct Source {
-    queue: VirtQueue,
-    mem: GuestRam,
-    interrupt: Arc<dyn InterruptLine>,
     counters: Arc<Counters>,
-    /// The driver broke the rules: deaf until the reset.
-    broken: bool,
 }
 
-impl Source {
-    /// Serves chains for one turn; `true` if some may be left.
-    fn turn(&mut self) -> Result<bool, QueueError> {
+impl Serve for Source {
+    fn turn(&mut self, queue: &mut VirtQueue, mem: &GuestRam) -> Result<Turn, QueueError> {
         let mut budget = TURN;
-        let mut served = false;
+        let mut answered = false;
         while budget > 0 {
-            let Some(chain) = self.queue.pop(&self.mem)? else { break };
+            let Some(chain) = queue.pop(mem)? else { break };
             let head = chain.head_index();
-            let written = fill(&self.mem, chain, &mut budget);
-            self.queue.add_used(&self.mem, head, written)?;
+            let written = fill(mem, chain, &mut budget);
+            queue.add_used(mem, head, written)?;
             self.counters.requests.add(1);
             self.counters.bytes.add(written.into());
-            served = true;
+            answered = true;
         }
-        if served && self.queue.needs_interrupt(&self.mem)? {
-            self.interrupt.signal_queue(self.queue.index());
-        }
-        Ok(budget == 0)
-    }
-}
-
-impl Subscriber for Source {
-    fn subscribe(&mut self, registry: &Registry<'_>) -> io::Result<()> {
-        if self.broken {
-            return Ok(());
-        }
-        registry.add(self.queue.kick(), 0, EventFlags::IN)
-    }
-
-    fn ready(&mut self, _token: u32, _events: EventFlags, registry: &Registry<'_>) {
-        self.queue.clear_kick();
-        match self.turn() {
-            Ok(false) => {}
-            // The next turn comes after everything else that is ready now.
-            Ok(true) => self.queue.kick_again(),
-            Err(reason) => {
-                self.interrupt.needs_reset(&reason);
-                self.broken = true;
-                // Deleting what was added cannot fail.
-                let _ = registry.delete(self.queue.kick());
-            }
-        }
-    }
-
-    fn unsubscribe(&mut self, registry: &Registry<'_>) {
-        // Fails only if `ready` has deleted it already.
-        let _ = registry.delete(self.queue.kick());
+        Ok(Turn { answered, more: budget == 0 })
     }
 }
 
@@ -210,10 +152,14 @@ fn fill(mem: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use rustix::event::epoll::EventFlags;
+
     use super::*;
     use crate::devices::virtio::QueuePosition;
     use crate::devices::virtio::testing::{Hostile, MockDriver};
-    use crate::event_loop::EventLoop;
+    use crate::event_loop::{EventLoop, Registry, Subscriber};
 
     /// Runs `test` with a device whose event loop runs beside it.
     fn with_rng(test: impl FnOnce(&mut Rng, &mut MockDriver)) {
@@ -385,8 +331,8 @@ mod tests {
                 fn ready(&mut self, _: u32, _: EventFlags, _: &Registry<'_>) {}
                 fn unsubscribe(&mut self, _: &Registry<'_>) {}
             }
-            let id = rng.source.events.add(Box::new(Idle)).unwrap();
-            rng.source.events.remove(id);
+            let id = rng.source.events().add(Box::new(Idle)).unwrap();
+            rng.source.events().remove(id);
             assert!(driver.pop_used(0).is_none());
         });
     }

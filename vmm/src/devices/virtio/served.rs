@@ -124,11 +124,22 @@ impl<S: Serve> ServedPart<S> {
         Self { part: LoopPart::new(events) }
     }
 
-    /// Starts to serve.
+    /// Starts to serve the queues, all of which must be there.
+    ///
+    /// # Errors
+    /// [`ActivateError::MissingQueue`], [`ActivateError::Host`].
+    pub(crate) fn start(&mut self, activation: Activation, serve: S) -> Result<(), ActivateError> {
+        if let Some(missing) = activation.queues.iter().position(Option::is_none) {
+            return Err(ActivateError::MissingQueue(missing as u16));
+        }
+        self.start_with_some(activation, serve)
+    }
+
+    /// Starts to serve the queues that are there.
     ///
     /// # Errors
     /// [`ActivateError::Host`].
-    pub(crate) fn start(&mut self, activation: Activation, serve: S) -> Result<(), ActivateError> {
+    pub(crate) fn start_with_some(&mut self, activation: Activation, serve: S) -> Result<(), ActivateError> {
         let Activation { mem, queues, interrupt, .. } = activation;
         let served = Served { serve, mem, interrupt, queues, broken: false };
         self.part.start(Box::new(served)).map_err(wait_error)
@@ -148,6 +159,12 @@ impl<S: Serve> ServedPart<S> {
             served.broken = true;
             served.interrupt.needs_reset(&reason);
         }
+    }
+
+    /// The loop.
+    #[cfg(test)]
+    pub(crate) fn events(&self) -> &LoopHandle {
+        &self.part.events
     }
 
     /// What serves, while it is paused.

@@ -209,7 +209,7 @@ impl VirtioDevice for Balloon {
             ask.transpose().map_err(|source| ActivateError::Host { what: "ask for statistics", source })?;
         let poisons = features & feature::PAGE_POISON != 0;
         let serve = Queues::new(self.shared.clone(), self.memory.clone(), interrupt.clone(), poisons);
-        self.queues.start(activation, serve)?;
+        self.queues.start_with_some(activation, serve)?;
         self.active = Some(Active { interrupt, features, ask });
         Ok(())
     }

@@ -133,9 +133,6 @@ impl VirtioDevice for Mem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if activation.queues.iter().any(Option::is_none) {
-            return Err(ActivateError::MissingQueue(0));
-        }
         if activation.features & UNPLUGGED_INACCESSIBLE == 0 {
             return Err(ActivateError::MissingFeature("VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE"));
         }
