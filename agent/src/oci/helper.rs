@@ -111,7 +111,7 @@ fn create(
                 id,
                 bundle: host_bundle,
             };
-            end(init::run_container(container, gate), reporter)
+            end(init::run_container(container, &gate), reporter)
         }
         Cloned::Parent(pid) => {
             drop(theirs);
@@ -180,7 +180,7 @@ fn exec(
             Ok(Cloned::Child) => {
                 drop(ours);
                 let gate = Gate { helper: theirs, reporter: reporter.clone() };
-                end(init::run_process(&spec, &process, seccomp, in_user_namespace, gate), reporter)
+                end(init::run_process(&spec, &process, seccomp, in_user_namespace, &gate), reporter)
             }
             Ok(Cloned::Parent(pid)) => {
                 drop(theirs);

@@ -36,12 +36,12 @@ impl Gate {
     }
 
     /// Tells the helper that all is ready, waits until it has gone, and then for the start.
-    fn wait_for_start(self) -> Result<Reporter, SetupError> {
+    fn wait_for_start(&self) -> Result<(), SetupError> {
         rustix::io::write(&self.helper, b"r").map_err(system("tell the helper"))?;
         // Its last word is its end.
         while read_byte(&self.helper).map_err(system("hear from the helper"))?.is_some() {}
         match read_byte(self.reporter.socket()).map_err(system("wait for the start"))? {
-            Some(_) => Ok(self.reporter),
+            Some(_) => Ok(()),
             None => Err(gone("the agent")),
         }
     }
@@ -87,7 +87,7 @@ pub struct Container<'a> {
 /// # Errors
 ///
 /// [`SetupError`]: the process must end then.
-pub fn run_container(container: Container<'_>, gate: Gate) -> Result<Infallible, SetupError> {
+pub fn run_container(container: Container<'_>, gate: &Gate) -> Result<Infallible, SetupError> {
     let Container { spec, process, namespaces, sources, seccomp, id, bundle } = container;
     gate.wait_for_helper()?;
     process::hide()?;
@@ -111,7 +111,6 @@ pub fn run_container(container: Container<'_>, gate: Gate) -> Result<Infallible,
     if let Some(linux) = spec.linux() {
         namespaces::set_sysctls(linux)?;
     }
-    let env = process::environment(process);
     let state = |status| State {
         oci_version: spec.version(),
         id,
@@ -125,6 +124,7 @@ pub fn run_container(container: Container<'_>, gate: Gate) -> Result<Infallible,
         hooks::run("createContainer", list, &state("creating"), Some(root.directory()), &[])?;
     }
     root.enter()?;
+    let env = process::environment(process);
     if process.terminal() == Some(true) {
         let slave = open_terminal(&gate.reporter)?;
         root.bind_console(&slave)?;
@@ -136,11 +136,11 @@ pub fn run_container(container: Container<'_>, gate: Gate) -> Result<Infallible,
     process::set_personality(spec.linux().as_ref().and_then(|linux| linux.personality().as_ref()))?;
 
     let last = prepare(process, seccomp, &env)?;
-    let reporter = gate.wait_for_start()?;
+    gate.wait_for_start()?;
     if let Some(list) = hooks.and_then(|hooks| hooks.start_container().as_deref()) {
         hooks::run("startContainer", list, &state("created"), None, &env)?;
     }
-    last.exec(process, &env, &reporter)
+    last.exec(process, &env)
 }
 
 /// Becomes a further process of a container, in whose namespaces this one is.
@@ -153,7 +153,7 @@ pub fn run_process(
     process: &Process,
     seccomp: Option<ScmpFilterContext>,
     in_user_namespace: bool,
-    gate: Gate,
+    gate: &Gate,
 ) -> Result<Infallible, SetupError> {
     gate.wait_for_helper()?;
     process::hide()?;
@@ -168,8 +168,8 @@ pub fn run_process(
     process::set_personality(spec.linux().as_ref().and_then(|linux| linux.personality().as_ref()))?;
     let env = process::environment(process);
     let last = prepare(process, seccomp, &env)?;
-    let reporter = gate.wait_for_start()?;
-    last.exec(process, &env, &reporter)
+    gate.wait_for_start()?;
+    last.exec(process, &env)
 }
 
 /// What is left to do when the start comes.
@@ -199,8 +199,7 @@ fn prepare(
 }
 
 impl Last {
-    fn exec(self, process: &Process, env: &[String], reporter: &Reporter) -> Result<Infallible, SetupError> {
-        let _ = reporter;
+    fn exec(self, process: &Process, env: &[String]) -> Result<Infallible, SetupError> {
         sys::close_others_at_exec().map_err(system("close what the program is not to have"))?;
         let program = executor::Program::find(process, env)?;
         // As late as can be, so that a strict filter need not allow what we do.

@@ -9,7 +9,7 @@ use super::sys::MountAttr;
 const ATIME: u64 = libc::MOUNT_ATTR__ATIME;
 
 /// Attributes of a mount by option: what is set, what is cleared. Each exists with an `r` before it, for the mounts below as well.
-const ATTRIBUTES: [(&str, u64, u64); 20] = [
+const ATTRIBUTES: [(&str, u64, u64); 21] = [
     ("ro", libc::MOUNT_ATTR_RDONLY, 0),
     ("rw", 0, libc::MOUNT_ATTR_RDONLY),
     ("nosuid", libc::MOUNT_ATTR_NOSUID, 0),
@@ -31,6 +31,8 @@ const ATTRIBUTES: [(&str, u64, u64); 20] = [
     ("norelatime", libc::MOUNT_ATTR_STRICTATIME, ATIME),
     ("nostrictatime", libc::MOUNT_ATTR_RELATIME, ATIME),
     ("defaults", 0, 0),
+    // A file system made by fsopen(2) tells its caller what is wrong, and not the kernel's log.
+    ("silent", 0, 0),
     ("loud", 0, 0),
 ];
 
@@ -44,7 +46,7 @@ const PROPAGATION: [(&str, libc::c_ulong); 4] = [
 /// The state a file system has anyway.
 const DEFAULTS: [&str; 4] = ["async", "nomand", "noiversion", "nolazytime"];
 /// Attributes of a file system rather than of a mount.
-const OF_FILE_SYSTEM: [&str; 4] = ["sync", "dirsync", "lazytime", "silent"];
+const OF_FILE_SYSTEM: [&str; 3] = ["sync", "dirsync", "lazytime"];
 
 /// Options, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,7 +88,7 @@ impl MountOptions {
             if matches!(name.as_str(), "remount" | "mand" | "iversion") {
                 return refuse(format!("has {name}, which has no effect on a new mount; remove it"));
             }
-            if options.bind.is_some() && name != "silent" {
+            if options.bind.is_some() {
                 return refuse(format!("has {name:?}, which has no effect on a bind mount; remove it"));
             }
         }

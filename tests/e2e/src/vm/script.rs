@@ -126,8 +126,7 @@ impl fmt::Display for Finished {
     }
 }
 
-/// Runs `$0`. libcontainer makes the devices of a container itself, and fails where they are there already: so the guest's own
-/// come after.
+/// Runs `$0`. The agent makes the default devices of a container; the guest's own come over them.
 const PRELUDE: &str = "mount -t devtmpfs devtmpfs /dev && exec /bin/sh -c \"$0\"";
 
 /// A container that contains nothing.

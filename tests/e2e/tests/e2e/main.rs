@@ -14,6 +14,7 @@ mod parallel;
 mod process;
 mod resources;
 mod signals;
+mod spec;
 mod stdio;
 mod terminal;
 mod vm;
@@ -41,6 +42,12 @@ fn main() -> ExitCode {
         command_line::CASES,
         bad_config::CASES,
         parallel::CASES,
+        spec::process::CASES,
+        spec::mounts::CASES,
+        spec::linux::CASES,
+        spec::resources::CASES,
+        spec::hooks::CASES,
+        spec::refused::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
