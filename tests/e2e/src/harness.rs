@@ -39,6 +39,9 @@ const CASE_VARIABLE: &str = "KVRUN_E2E_CASE";
 /// Set for the process of one test: its container ID.
 const ID_VARIABLE: &str = "KVRUN_E2E_ID";
 
+/// `K/N`: run only the K-th of N parts of the tests, so that N machines can share them.
+const PART_VARIABLE: &str = "KVRUN_E2E_PART";
+
 /// `main` of the test binary.
 pub fn main(groups: &[&'static [Case]]) -> ExitCode {
     let cases = groups.iter().flat_map(|group| group.iter());
@@ -48,6 +51,11 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
             None => fail(&format!("there is no test {name}")),
         };
     }
+    let part = match env::var(PART_VARIABLE).ok().map(|part| Part::parse(&part)) {
+        None => Part { number: 0, of: 1 },
+        Some(Some(part)) => part,
+        Some(None) => return fail(&format!("{PART_VARIABLE} is not K/N with K from 1 to N")),
+    };
     let mut arguments = Arguments::from_args();
     // Two at a time suit the lab's two emulated CPUs, and any other machine.
     arguments.test_threads.get_or_insert(2);
@@ -60,7 +68,7 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
         }
         skip = Some(format!("{reason:#}"));
     }
-    let trials = cases.enumerate().map(|(index, case)| {
+    let trials = cases.enumerate().filter(|(index, _)| index % part.of == part.number).map(|(index, case)| {
         let skip = skip.clone();
         let id = format!("e2e-{}-{index}", std::process::id());
         Trial::ignorable_test(case.short_name(), move || match skip {
@@ -69,6 +77,20 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
         })
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// A part of the tests: every N-th, so that neighbours, which mostly take as long, are spread.
+struct Part {
+    number: usize,
+    of: usize,
+}
+
+impl Part {
+    fn parse(text: &str) -> Option<Self> {
+        let (number, of) = text.split_once('/')?;
+        let (number, of) = (number.parse::<usize>().ok()?.checked_sub(1)?, of.parse().ok()?);
+        (number < of).then_some(Self { number, of })
+    }
 }
 
 fn fail(message: &str) -> ExitCode {

@@ -12,6 +12,8 @@ use crate::devices::virtio::{ActivateError, DeviceState, QueuePosition, SavedDev
 #[derive(Debug, PartialEq)]
 enum Call {
     Activated { features: u64, queues: Vec<Option<u16>> },
+    Paused,
+    Resumed,
     Reset,
 }
 
@@ -49,6 +51,15 @@ impl VirtioDevice for Probe {
         self.calls.send(Call::Activated { features: activation.features, queues }).unwrap();
         self.interrupt.send(activation.interrupt).unwrap();
         Ok(())
+    }
+    fn pause(&mut self) {
+        self.calls.send(Call::Paused).unwrap();
+    }
+    fn resume(&mut self) {
+        self.calls.send(Call::Resumed).unwrap();
+    }
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("calls", 3)]
     }
     fn save(&self) -> Option<SavedDevice> {
         let queues = vec![Some(QueuePosition { next_avail: 7, next_used: 5 }), None];
@@ -317,6 +328,16 @@ fn broken_device_complains_once() {
     interrupt.needs_reset(&cause);
     interrupt.needs_reset(&cause);
     assert_eq!(bench.read(reg::STATUS), 0xf | VIRTIO_CONFIG_S_NEEDS_RESET);
+}
+
+#[test]
+fn pause_counters_and_end_of_pause_are_the_devices_own() {
+    let bench = Bench::new();
+    bench.slot.pause();
+    assert_eq!(bench.calls.try_recv(), Ok(Call::Paused));
+    assert_eq!(bench.slot.metrics().unwrap().counters["calls"], 3);
+    bench.slot.resume();
+    assert_eq!(bench.calls.try_recv(), Ok(Call::Resumed));
 }
 
 #[test]

@@ -81,20 +81,16 @@ pub trait VirtioDevice: Send {
     /// Brings all work on the queues to rest, requests in flight included, as [`VirtioDevice::reset`] does, but forgets nothing:
     /// [`VirtioDevice::resume`] goes on where it stopped, or [`VirtioDevice::reset`] ends it. Called while the vCPUs are held. Does
     /// nothing on an inactive or a paused device.
-    fn pause(&mut self) {}
+    fn pause(&mut self);
 
     /// Goes on after [`VirtioDevice::pause`]; kicks that arrived meanwhile count. Does nothing on a device that is not paused.
-    fn resume(&mut self) {}
+    fn resume(&mut self);
 
-    /// What it would need to go on elsewhere. Called on a paused or an inactive device; `None` for a kind that cannot be saved.
-    fn save(&self) -> Option<SavedDevice> {
-        None
-    }
+    /// What it would need to go on elsewhere. Called on a paused or an inactive device; `None` if that cannot be told, which is logged.
+    fn save(&self) -> Option<SavedDevice>;
 
     /// What the device has counted since it was made, by name.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
+    fn counters(&self) -> Vec<(&'static str, u64)>;
 
     /// Carries out a request of the control protocol that is about this device.
     ///
