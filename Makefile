@@ -18,6 +18,7 @@ setup:
 
 build: setup
 	guest-kernel/build >/dev/null
+	tests/cargo-cache restore target
 	cargo build --release --locked -p kvrun -p kvrun-vmm -p kvrun-agent
 	$(MAKE) --no-print-directory install PREFIX=$(STAGE)
 
