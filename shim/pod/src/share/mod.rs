@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
@@ -103,7 +103,7 @@ pub struct Share {
     root: OwnedFd,
     /// The same tmpfs, writable and without the mounts in it; not attached anywhere.
     writable: OwnedFd,
-    _mounted: Mounted,
+    mounted: Mounted,
 }
 
 /// Unmounts what is mounted at a path when dropped.
@@ -144,7 +144,7 @@ impl Share {
             MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED, ..MountAttr::default() };
         sys::mount_setattr(&root, false, read_only)
             .map_err(|source| ShareError::Attach { path: path.to_owned(), source })?;
-        Ok(Self { root, writable, _mounted: mounted })
+        Ok(Self { root, writable, mounted })
     }
 
     /// The directory that the VMM serves.
@@ -158,6 +158,12 @@ impl Share {
     /// [`ShareError`].
     pub fn add(&self, id: &ContainerId, bundle: &Bundle) -> Result<Spec, ShareError> {
         let mut spec = bundle.spec().clone();
+        if let Some(hooks) = spec.hooks_mut() {
+            // The engine runs these, on the host.
+            #[allow(deprecated, reason = "deprecated in the specification, and in use")]
+            hooks.set_prestart(None);
+            hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
+        }
         let guest = Path::new(GUEST_SHARE_DIR).join(id.as_str());
         let step = |step| move |source| ShareError::Make { step, source };
         self.make_directory(id.as_str()).map_err(step("make the container's directory in the share"))?;
@@ -187,6 +193,23 @@ impl Share {
             }
         }
         Ok(spec)
+    }
+
+    /// Takes away what [`Share::add`] has added for a container; the guest must have let go of it, or loses it.
+    pub fn remove(&self, id: &ContainerId, bundle: &Bundle) {
+        let directory = self.mounted.0.join(id.as_str());
+        let binds =
+            bundle.binds().iter().map(|bind| (format!("mounts/{}", bind.index()), bind.is_directory()));
+        for (place, is_directory) in binds.chain([("rootfs".to_owned(), true)]) {
+            let _ = unmount(directory.join(&place), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+            let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+            let _ = rustix::fs::unlinkat(&self.writable, format!("{id}/{place}"), flags);
+        }
+        for place in [format!("{id}/mounts"), id.to_string()] {
+            if let Err(error) = rustix::fs::unlinkat(&self.writable, &place, AtFlags::REMOVEDIR) {
+                tracing::debug!(place, %error, "remove from the share");
+            }
+        }
     }
 
     fn add_bind(&self, bind: &Bind, place: &str) -> io::Result<()> {

@@ -6,10 +6,14 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod exec;
 mod exit;
 mod faults;
 mod files;
+mod hooks;
+mod inspect;
 mod installation;
+mod lifecycle;
 mod parallel;
 mod process;
 mod resources;
@@ -48,6 +52,10 @@ fn main() -> ExitCode {
         spec::resources::CASES,
         spec::hooks::CASES,
         spec::refused::CASES,
+        lifecycle::CASES,
+        exec::CASES,
+        inspect::CASES,
+        hooks::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
