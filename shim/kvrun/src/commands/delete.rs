@@ -33,13 +33,17 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
     if status != Status::Stopped && !force {
         return Err(Error::NotStopped { id, status });
     }
-    if let Some(process) = container.record.process.alive() {
-        // It may hand output over that nobody takes, or serve a container that is to be killed.
+    let process = container.record.process.alive();
+    // The process may hand output over that nobody takes, or serve a container that is to be killed; and a machine of others may have the container
+    // still when its process was killed.
+    if process.is_some() || container.record.sandbox.is_some() {
         if let Err(error) =
             container.connect(&global.root, ANSWER).and_then(|connection| connection.tell(Request::Delete))
         {
             tracing::debug!(%error, "tell the monitor that its container is deleted");
         }
+    }
+    if let Some(process) = process {
         process.ends_within(END);
     }
     if !end(&container.record) {

@@ -1,6 +1,7 @@
 //! `create`, `start`, `state`, `kill`, `delete`, `list`: what each command does in each state (runtime.md, "Lifecycle", "Operations").
 
 use std::fs;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +22,7 @@ pub(crate) const CASES: &[Case] = cases![
     killed_vmm_leaves_a_stopped_container_that_can_be_deleted,
     container_whose_monitor_hangs_can_be_killed_and_deleted,
     container_of_a_hanging_guest_is_killed_in_time,
+    output_that_nobody_reads_does_not_hold_the_end_up,
     detached_run_is_create_and_start,
     detached_run_that_cannot_start_leaves_nothing,
     foreground_run_is_seen_and_can_be_killed_by_others,
@@ -222,6 +224,32 @@ fn container_of_a_hanging_guest_is_killed_in_time(t: &Test) -> Result<()> {
         }
     }
     t.invoke(&["state", t.id()])?.exited(1).error(&["does not exist"]);
+    Ok(())
+}
+
+fn output_that_nobody_reads_does_not_hold_the_end_up(t: &Test) -> Result<()> {
+    let bundle = t.script("while :; do echo 0123456789; done")?;
+    let (reader, writer) = std::io::pipe()?;
+    let mut command = t.kvrun(["create", "-b", bundle.path().to_str().context("ASCII")?, t.id()]);
+    let status = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "create: {status}");
+    drop(command);
+    t.command("start")?;
+    let full = rustix::pipe::fcntl_getpipe_size(&reader)? as u64;
+    let deadline = Instant::now() + time::scaled(time::RUN);
+    while rustix::io::ioctl_fionread(&reader)? < full {
+        ensure!(Instant::now() < deadline, "the pipe is not filled");
+        std::thread::yield_now();
+    }
+    let began = Instant::now();
+    t.invoke(&["kill", t.id(), "KILL"])?.exited(0).stderr("");
+    while t.status()? != "stopped" {
+        ensure!(began.elapsed() < time::scaled(BOUND), "it has not stopped after {:?}", began.elapsed());
+    }
+    let began = Instant::now();
+    t.command("delete")?;
+    ensure!(began.elapsed() < time::scaled(BOUND), "it took {:?}", began.elapsed());
+    drop(reader);
     Ok(())
 }
 

@@ -15,6 +15,7 @@ mod inspect;
 mod installation;
 mod lifecycle;
 mod parallel;
+mod pods;
 mod process;
 mod resources;
 mod signals;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         exec::CASES,
         inspect::CASES,
         hooks::CASES,
+        pods::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
