@@ -14,9 +14,9 @@ use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest, GetInfoResponse,
-    ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest,
-    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
+    CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
+    GetInfoResponse, ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest,
+    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
     UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};

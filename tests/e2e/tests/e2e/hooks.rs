@@ -6,10 +6,8 @@ use anyhow::{Context, Result, ensure};
 use kvrun_e2e::{Case, Test, cases};
 use serde_json::{Value, json};
 
-pub(crate) const CASES: &[Case] = cases![
-    hooks_run_at_their_time_with_the_state,
-    hook_that_fails_before_the_start_fails_the_creation,
-];
+pub(crate) const CASES: &[Case] =
+    cases![hooks_run_at_their_time_with_the_state, hook_that_fails_before_the_start_fails_the_creation,];
 
 /// A hook that appends a word, and the state it reads, to a file.
 fn hook(file: &str, word: &str) -> Value {

@@ -150,7 +150,8 @@ fn id_that_is_used_again_has_files_of_its_own(t: &Test) -> Result<()> {
         fs::write(&data, text)?;
         let bundle = t.script("cat /in-root /data /volume/in-volume")?;
         fs::write(bundle.rootfs().join("in-root"), text)?;
-        let bundle = bundle.with_bind(&data, "/data", &["bind"])?.with_bind(&volume, "/volume", &["rbind"])?;
+        let bundle =
+            bundle.with_bind(&data, "/data", &["bind"])?.with_bind(&volume, "/volume", &["rbind"])?;
         let left = t.create_as(&one, &member(bundle, "container", t.id())?)?;
         t.invoke(&["start", &one])?.exited(0).stderr("");
         ensure!(left.end()? == 0 && left.text()? == text.repeat(3), "{:?}", left.text()?);
