@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::BufReader;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -72,8 +71,8 @@ fn usage() -> ExitCode {
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, SetupError> {
     let what = || format!("read {}", path.display());
-    let file = File::open(path).map_err(system(what()))?;
-    serde_json::from_reader(BufReader::new(file)).map_err(system(what()))
+    let bytes = std::fs::read(path).map_err(system(what()))?;
+    serde_json::from_slice(&bytes).map_err(system(what()))
 }
 
 fn create(

@@ -60,6 +60,18 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
     Ok(())
 }
 
+/// Ends a container whose machine does not do what it is told: kills the VMM, and after a moment, in which whoever serves it can tell of its
+/// end, that process too.
+pub(crate) fn end_machine(record: &Record) {
+    if let Some(vmm) = record.vmm.as_ref().and_then(kvrun_pod::host_process::HostProcess::alive) {
+        vmm.signal(Signal::KILL);
+        if let Some(process) = record.process.alive() {
+            process.ends_within(ANSWER);
+        }
+    }
+    end(record);
+}
+
 /// Kills what is left of a container's processes on the host; whether they have ended.
 pub(crate) fn end(record: &Record) -> bool {
     let killed = |process: &kvrun_pod::host_process::HostProcess| {

@@ -198,10 +198,11 @@ impl Monitor {
     }
 
     async fn kill(&self, container: &Container, signal: i32, all: bool) -> Result<(), Error> {
-        let (id, status) = (container.record().id.clone(), container.status());
-        match (status, all) {
+        match (container.status(), all) {
             (Status::Stopped, true) => Ok(()),
-            (Status::Stopped, false) => Err(Error::NotRunning { id, status }),
+            (Status::Stopped, false) => {
+                Err(Error::NotRunning { id: container.record().id.clone(), status: Status::Stopped })
+            }
             _ => Ok(container.process.kill(signal, all).await?),
         }
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::{Case, Test, cases, process, time};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::{Value, json};
 
@@ -230,14 +231,15 @@ fn container_of_a_hanging_guest_is_killed_in_time(t: &Test) -> Result<()> {
 fn output_that_nobody_reads_does_not_hold_the_end_up(t: &Test) -> Result<()> {
     let bundle = t.script("while :; do echo 0123456789; done")?;
     let (reader, writer) = std::io::pipe()?;
+    let probe = writer.try_clone()?;
     let mut command = t.kvrun(["create", "-b", bundle.path().to_str().context("ASCII")?, t.id()]);
     let status = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).status()?;
     ensure!(status.success(), "create: {status}");
     drop(command);
     t.command("start")?;
-    let full = rustix::pipe::fcntl_getpipe_size(&reader)? as u64;
     let deadline = Instant::now() + time::scaled(time::RUN);
-    while rustix::io::ioctl_fionread(&reader)? < full {
+    let room = || poll(&mut [PollFd::new(&probe, PollFlags::OUT)], Some(&Timespec::default()));
+    while room()? > 0 {
         ensure!(Instant::now() < deadline, "the pipe is not filled");
         std::thread::yield_now();
     }
