@@ -120,6 +120,11 @@ impl ContainerDir {
         self.kept.store(true, Ordering::Relaxed);
     }
 
+    /// Whether it is to be left there.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
     /// The directory itself.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()

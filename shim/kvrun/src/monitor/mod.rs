@@ -370,11 +370,10 @@ impl Monitor {
         }
     }
 
-    /// Waits for the end of the process of a further container, takes the container away, and then writes its end down.
+    /// Waits for the end of the process of a further container, writes it down, and takes the container away.
     async fn until_removed(&self, container: &Container) -> End {
-        let end = wait(container).await;
+        let end = until_end(container).await;
         self.remove(container).await;
-        container.stopped();
         end
     }
 }
@@ -420,14 +419,10 @@ pub(crate) async fn run_creation_hooks(bundle: &Bundle, record: &Record) -> Resu
 
 /// Waits for the end of a container's process and writes it down.
 pub(crate) async fn until_end(container: &Container) -> End {
-    let end = wait(container).await;
+    use crate::attach::Attended;
+    let end = Attended::wait(&container.process).await;
     container.stopped();
     end
-}
-
-async fn wait(container: &Container) -> End {
-    use crate::attach::Attended;
-    Attended::wait(&container.process).await
 }
 
 fn listener(dir: impl AsFd) -> io::Result<OwnedFd> {

@@ -27,6 +27,7 @@ pub(crate) const CASES: &[Case] = cases![
     detached_run_is_create_and_start,
     detached_run_that_cannot_start_leaves_nothing,
     foreground_run_is_seen_and_can_be_killed_by_others,
+    kept_run_is_there_until_it_is_deleted,
     list_shows_every_container_and_its_state,
     error_goes_to_the_log_file_as_json,
     cgroup_on_the_host_goes_with_the_container,
@@ -285,6 +286,18 @@ fn foreground_run_is_seen_and_can_be_killed_by_others(t: &Test) -> Result<()> {
     t.invoke(&["kill", t.id(), "9"])?.exited(0);
     run.wait()?.exited(137).stdout("ready\n").stderr("");
     t.invoke(&["state", t.id()])?.exited(1).error(&["does not exist"]);
+    Ok(())
+}
+
+fn kept_run_is_there_until_it_is_deleted(t: &Test) -> Result<()> {
+    let bundle = t.script("echo here; exit 6")?;
+    let path = bundle.path().to_str().context("ASCII")?;
+    t.invoke(&["run", "--keep", "-b", path, t.id()])?.exited(6).stdout("here\n").stderr("");
+    ensure!(t.status()? == "stopped", "not stopped");
+    t.invoke(&["run", "-b", path, t.id()])?.exited(1).error(&[t.id(), "in use"]);
+    t.command("delete")?;
+    t.run(&bundle)?.exited(6);
+    t.invoke(&["list", "-q"])?.exited(0).stdout("");
     Ok(())
 }
 

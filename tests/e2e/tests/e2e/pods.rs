@@ -44,6 +44,11 @@ fn beside(t: &Test, id: &str, script: &str) -> Result<Left> {
     Ok(left)
 }
 
+/// Of a container whose machine goes down: it is killed before, and sometimes nobody is there any more to tell. A shell says 137 of both.
+fn is_killed(end: i32) -> bool {
+    matches!(end, 137 | 1009)
+}
+
 fn gone(t: &Test, sandbox: &Left) -> Result<()> {
     t.invoke(&["delete", "--force", t.id()])?.exited(0).stdout("").stderr("");
     sandbox.end()?;
@@ -96,7 +101,7 @@ fn sandbox_takes_a_signal_after_a_container_was_removed(t: &Test) -> Result<()> 
     t.invoke(&["kill", t.id(), "TERM"])?.exited(0).stdout("").stderr("");
     ensure!(pause.end()? == 0, "another end");
     // The sandbox is the machine's first container: with it, all end.
-    ensure!(first.end()? == 137, "another end");
+    ensure!(is_killed(first.end()?), "another end");
     t.command("delete")?;
     t.invoke(&["delete", &one])?.exited(0).stderr("");
     Ok(())
@@ -108,7 +113,7 @@ fn deleted_sandbox_takes_its_containers_along(t: &Test) -> Result<()> {
     let first = beside(t, &one, SLEEP)?;
     first.until("up\n")?;
     gone(t, &pause)?;
-    ensure!(first.end()? == 137, "another end");
+    ensure!(is_killed(first.end()?), "another end");
     let state: Value = serde_json::from_slice(&t.invoke(&["state", &one])?.exited(0).stdout)?;
     ensure!(state["status"] == "stopped", "{state}");
     t.invoke(&["kill", &one, "TERM"])?.exited(1).error(&["not running"]);
