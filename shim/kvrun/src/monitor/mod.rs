@@ -39,9 +39,10 @@ use self::protocol::ProcessRow;
 use crate::attach::End;
 use crate::error::{Error, host};
 
-/// How many further processes are made at the same time; the others wait. The agent keeps 64 streams that nobody has asked for yet, of which
-/// each has up to 3 (`MAX_UNCLAIMED` in agent/src/streams.rs).
-const MAKING: usize = 16;
+/// How many further processes are made at the same time; the others wait, for as long as it takes. More would only share the time of the guest's CPUs, until
+/// each takes longer than a guest may that does not hang. (The agent keeps 64 streams that nobody has asked for yet, of which each has up
+/// to 3: `MAX_UNCLAIMED` in agent/src/streams.rs.)
+const MAKING: usize = 4;
 /// Connections that wait to be taken.
 const BACKLOG: i32 = 128;
 

@@ -181,7 +181,11 @@ fn fifty_at_the_same_time_while_the_container_is_busy(t: &Test) -> Result<()> {
     for (number, child) in running.iter_mut().enumerate() {
         let expected = format!("{number}\n");
         let mut line = vec![0; expected.len()];
-        child.stdout.as_mut().context("no stdout")?.read_exact(&mut line)?;
+        if let Err(error) = child.stdout.as_mut().context("no stdout")?.read_exact(&mut line) {
+            let mut said = String::new();
+            child.stderr.as_mut().context("no stderr")?.read_to_string(&mut said)?;
+            anyhow::bail!("{number}: {error}: {said}");
+        }
         ensure!(line == expected.as_bytes(), "{number} says {line:?}");
     }
     for (number, child) in running.into_iter().enumerate() {
