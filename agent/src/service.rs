@@ -13,22 +13,27 @@ use async_trait::async_trait;
 use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
-    BindSlotRequest, BindSlotResponse, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, GetInfoRequest, GetInfoResponse, MountRequest, ProcessRequest, ResizeTerminalRequest,
+    BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
+    GetInfoResponse, ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest,
     SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
-    WaitProcessResponse,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
+use oci_spec::runtime::{LinuxResources, Process};
 use tokio::time::timeout;
 use ttrpc::r#async::transport;
 use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::{Code, get_status};
 
+use crate::cgroup::limits::{self, LimitError};
+use crate::cgroup::stats;
+use crate::container::list::list;
 use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
-use crate::mounts::{Mount, MountError, Mounts};
+use crate::mounts::{Mount, MountError, Mounts, forget_directory};
 use crate::network::plan::Plan;
 use crate::network::{self, NetworkError};
 use crate::oci::create::OciError;
@@ -114,13 +119,7 @@ impl AgentService {
         check_tokens(&stdio, spec.terminal)?;
         let container = parts.containers.reserve(&id, &spec.cgroup)?;
         let created = async {
-            let (stdin, stdout, stderr) = try_join3(
-                self.claim(stdio.stdin_token),
-                self.claim(stdio.stdout_token),
-                self.claim(stdio.stderr_token),
-            )
-            .await?;
-            let streams = EngineStreams { stdin, stdout, stderr };
+            let streams = self.streams(&stdio).await?;
             Ok(container.create(&parts.engine, spec, streams).await?)
         };
         let created: Result<i32, Failure> = created.await;
@@ -130,6 +129,32 @@ impl AgentService {
         let mut response = CreateContainerResponse::new();
         response.pid = created? as u32;
         Ok(response)
+    }
+
+    async fn exec(&self, request: ExecProcessRequest) -> Result<CreateContainerResponse, Failure> {
+        let parts = &self.0;
+        let container = parts.containers.get(&container_id(&request.container_id)?)?;
+        let process: Process = serde_json::from_slice(&request.process_json)
+            .map_err(|err| Failure::invalid(format!("the process to run cannot be read: {err}")))?;
+        if process.args().as_ref().is_none_or(Vec::is_empty) {
+            return Err(Failure::invalid("the process to run has no args".to_owned()));
+        }
+        let stdio = request.stdio.unwrap_or_default();
+        check_tokens(&stdio, process.terminal().unwrap_or(false))?;
+        let streams = self.streams(&stdio).await?;
+        let mut response = CreateContainerResponse::new();
+        response.pid = container.exec(&parts.engine, &request.exec_id, process, streams).await? as u32;
+        Ok(response)
+    }
+
+    async fn streams(&self, stdio: &Stdio) -> Result<EngineStreams, StreamError> {
+        let (stdin, stdout, stderr) = try_join3(
+            self.claim(stdio.stdin_token),
+            self.claim(stdio.stdout_token),
+            self.claim(stdio.stderr_token),
+        )
+        .await?;
+        Ok(EngineStreams { stdin, stdout, stderr })
     }
 
     async fn claim(&self, token: u64) -> Result<Option<Descriptor>, StreamError> {
@@ -148,6 +173,13 @@ impl AgentService {
         container.remove(&parts.engine.reaper).await?;
         parts.containers.forget(&container);
         Ok(())
+    }
+
+    async fn freeze(&self, request: &ContainerRequest, frozen: bool) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        detached(async move { Ok(container.freeze(frozen).await?) }).await?;
+        Ok(Empty::new())
     }
 
     async fn go_down(&self) {
@@ -221,6 +253,16 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn forget_directory(
+        &self,
+        _: &TtrpcContext,
+        request: ForgetDirectoryRequest,
+    ) -> ttrpc::Result<Empty> {
+        let path = RunPath::parse(&request.path).map_err(MountError::from).map_err(Failure::from)?;
+        blocking(move || Ok(forget_directory(&path)?)).await?;
+        Ok(Empty::new())
+    }
+
     async fn set_up_network(&self, _: &TtrpcContext, request: SetUpNetworkRequest) -> ttrpc::Result<Empty> {
         let plan = Plan::parse(&request).map_err(|err| Failure::invalid(err.to_string()))?;
         let slots = self.0.slots.clone();
@@ -244,18 +286,89 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let service = self.clone();
+        Ok(detached(async move { service.exec(request).await }).await?)
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.freeze(&request, true).await
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.freeze(&request, false).await
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let id = container_id(&request.container_id)?;
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let init = container.process().map_err(Failure::from)?.pid;
+        let cgroup = container.cgroup().clone();
+        let listed = blocking(move || Ok(list(init, &cgroup.processes()))).await?;
+        let mut response = ListProcessesResponse::new();
+        response.processes = listed
+            .into_iter()
+            .map(|listed| ProcessInfo {
+                pid: listed.pid,
+                parent_pid: listed.parent_pid,
+                uid: listed.uid,
+                started_s: listed.started_s,
+                cpu_ms: listed.cpu_ms,
+                terminal: listed.terminal,
+                command: listed.command,
+                ..Default::default()
+            })
+            .collect();
+        Ok(response)
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        let id = container_id(&request.container_id)?;
+        let dir = self.0.containers.get(&id).map_err(Failure::from)?.cgroup().dir();
+        let mut response = ContainerStatsResponse::new();
+        response.counters = blocking(move || Ok(stats::read(&dir))).await?;
+        Ok(response)
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let id = container_id(&request.container_id)?;
+        let resources: LinuxResources = serde_json::from_slice(&request.resources_json)
+            .map_err(|err| Failure::invalid(format!("the limits cannot be read: {err}")))?;
+        let dir = self.0.containers.get(&id).map_err(Failure::from)?.cgroup().dir();
+        blocking(move || Ok(limits::apply(&dir, &resources)?)).await?;
+        Ok(Empty::new())
+    }
+
     async fn wait_process(
         &self,
         _: &TtrpcContext,
         request: ProcessRequest,
     ) -> ttrpc::Result<WaitProcessResponse> {
         let id = container_id(&request.container_id)?;
-        no_exec(&request.exec_id)?;
         let container = self.0.containers.get(&id).map_err(Failure::from)?;
-        let process = container.process().map_err(Failure::from)?.clone();
+        let process = container.process_named(&request.exec_id).map_err(Failure::from)?;
         // The container may be removed meanwhile.
-        drop(container);
+        let container = Arc::downgrade(&container);
         let exit = process.exit().await.ok_or_else(|| Failure::internal("the agent is going down"))?;
+        if let Some(container) = container.upgrade().filter(|_| !request.exec_id.is_empty()) {
+            container.forget_process(&request.exec_id);
+        }
         let mut response = WaitProcessResponse::new();
         match exit.end {
             End::Exited(code) => response.set_exit_code(code.into()),
@@ -267,12 +380,11 @@ impl Agent for AgentService {
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
         let id = container_id(&request.container_id)?;
-        no_exec(&request.exec_id)?;
         if request.signal > SIGNAL_MAX {
             return Err(Failure::invalid(format!("{} is not the number of a signal", request.signal)).into());
         }
         let container = self.0.containers.get(&id).map_err(Failure::from)?;
-        container.signal(request.signal, request.all).map_err(Failure::from)?;
+        container.signal(&request.exec_id, request.signal, request.all).map_err(Failure::from)?;
         Ok(Empty::new())
     }
 
@@ -282,14 +394,13 @@ impl Agent for AgentService {
         request: ResizeTerminalRequest,
     ) -> ttrpc::Result<Empty> {
         let id = container_id(&request.container_id)?;
-        no_exec(&request.exec_id)?;
         let (Ok(rows), Ok(columns)) = (u16::try_from(request.rows), u16::try_from(request.columns)) else {
             let text =
                 format!("a terminal cannot have {} rows and {} columns", request.rows, request.columns);
             return Err(Failure::invalid(text).into());
         };
         let container = self.0.containers.get(&id).map_err(Failure::from)?;
-        container.resize(rows, columns).map_err(Failure::from)?;
+        container.resize(&request.exec_id, rows, columns).map_err(Failure::from)?;
         Ok(Empty::new())
     }
 
@@ -327,14 +438,6 @@ async fn blocking<T: Send + 'static>(
 
 fn container_id(text: &str) -> Result<ContainerId, Failure> {
     ContainerId::parse(text).map_err(|err| Failure::new(Code::INVALID_ARGUMENT, error_chain(&err)))
-}
-
-fn no_exec(exec_id: &str) -> Result<(), Failure> {
-    if exec_id.is_empty() {
-        return Ok(());
-    }
-    let exec_id: String = exec_id.chars().take(200).collect();
-    Err(Failure::new(Code::NOT_FOUND, format!("exec {exec_id:?} does not exist")))
 }
 
 fn check_tokens(stdio: &Stdio, terminal: bool) -> Result<(), Failure> {
@@ -395,8 +498,11 @@ impl From<Failure> for ttrpc::Error {
 impl From<ContainerError> for Failure {
     fn from(err: ContainerError) -> Self {
         let code = match &err {
-            ContainerError::Exists(_) => Code::ALREADY_EXISTS,
-            ContainerError::Unknown(_) | ContainerError::Oci(OciError::NotFound(_)) => Code::NOT_FOUND,
+            ContainerError::Exists(_) | ContainerError::ExecExists(..) => Code::ALREADY_EXISTS,
+            ContainerError::Unknown(_)
+            | ContainerError::UnknownExec(..)
+            | ContainerError::Oci(OciError::NotFound(_)) => Code::NOT_FOUND,
+            ContainerError::BadExecId(_) => Code::INVALID_ARGUMENT,
             ContainerError::Oci(OciError::NotExecutable(_)) => Code::PERMISSION_DENIED,
             ContainerError::CgroupTaken(..)
             | ContainerError::Removed(_)
@@ -404,6 +510,7 @@ impl From<ContainerError> for Failure {
             | ContainerError::NoTerminal(_) => Code::FAILED_PRECONDITION,
             ContainerError::CreateTimeout(_)
             | ContainerError::KillTimeout(_)
+            | ContainerError::FreezeTimeout(_)
             | ContainerError::Oci(_)
             | ContainerError::System { .. } => Code::INTERNAL,
         };
@@ -414,6 +521,16 @@ impl From<ContainerError> for Failure {
 impl From<SpecError> for Failure {
     fn from(err: SpecError) -> Self {
         Self::invalid(error_chain(&err))
+    }
+}
+
+impl From<LimitError> for Failure {
+    fn from(err: LimitError) -> Self {
+        let code = match &err {
+            LimitError::Field { .. } => Code::INVALID_ARGUMENT,
+            LimitError::Write { .. } => Code::INTERNAL,
+        };
+        Self::new(code, error_chain(&err))
     }
 }
 

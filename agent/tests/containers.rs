@@ -176,12 +176,15 @@ fn the_program_to_run_can_be_missing_or_not_executable_or_broken() {
         let (code, text) = refusal(lab.create("x", &with_args(&["no-such"]), none()).await);
         assert_eq!(
             (code, text.as_str()),
-            (Code::NOT_FOUND, r#"executable "no-such" not found in the container's $PATH (/bin)"#)
+            (Code::NOT_FOUND, r#"exec "no-such": executable file not found in $PATH (/bin)"#)
         );
         let (code, text) = refusal(lab.create("x", &with_args(&["/bin/no-such"]), none()).await);
         assert_eq!(
             (code, text.as_str()),
-            (Code::NOT_FOUND, r#"executable "/bin/no-such" does not exist in the container"#)
+            (
+                Code::NOT_FOUND,
+                r#"executable "/bin/no-such" does not exist in the container: no such file or directory"#
+            )
         );
         for name in ["data", "/bin/data", "/bin"] {
             let (code, text) = refusal(lab.create("x", &with_args(&[name]), none()).await);

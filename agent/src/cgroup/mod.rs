@@ -8,7 +8,9 @@ use std::path::{Component, Path, PathBuf};
 use rustix::process::{Pid, Signal};
 
 pub mod device_filter;
+pub mod freeze;
 pub mod limits;
+pub mod stats;
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -105,8 +107,26 @@ impl Cgroup {
         remove_tree(&self.dir())
     }
 
-    fn dir(&self) -> PathBuf {
+    /// The processes in it and below, in the guest's numbers.
+    #[must_use]
+    pub fn processes(&self) -> Vec<i32> {
+        let mut found = Vec::new();
+        processes_of_tree(&self.dir(), &mut found);
+        found
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
         Path::new(ROOT).join(&self.path)
+    }
+}
+
+fn processes_of_tree(dir: &Path, found: &mut Vec<i32>) {
+    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    found.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
+    for child in children(dir) {
+        processes_of_tree(&child, found);
     }
 }
 

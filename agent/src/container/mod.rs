@@ -1,6 +1,7 @@
 //! One container:
 //!
-//! * [`id`] - its name; [`spec`] - its config; [`terminal`] - its pty; [`process`] - its process;
+//! * [`id`] - its name; [`spec`] - its config; [`terminal`] - its pty; [`process`] - its process; [`exec`] - further ones;
+//!   [`list`] - all there are;
 //! * here - its states (creating, created, running, stopped), each under the container's own lock, and [`Containers`], the
 //!   table of all of them, whose lock is never held across a wait.
 
@@ -20,6 +21,7 @@ pub use self::id::ContainerId;
 pub use self::process::{Exit, Process};
 pub use self::spec::ContainerSpec;
 use crate::cgroup::Cgroup;
+use crate::cgroup::freeze::freeze;
 use crate::descriptor::Descriptor;
 use crate::oci::create::{Creation, OciError, StartGate, What, create};
 use crate::oci::helper::CONFIG;
@@ -27,7 +29,9 @@ use crate::path::OCI_DIR;
 use crate::reaper::Reaper;
 use crate::stdio::{self, EngineStreams, Pumps};
 
+pub mod exec;
 pub mod id;
+pub mod list;
 pub mod process;
 pub mod spec;
 pub mod terminal;
@@ -60,6 +64,18 @@ pub enum ContainerError {
         /// Its state.
         state: &'static str,
     },
+    /// It has no such further process.
+    #[error("container {0} has no process {1:?}")]
+    UnknownExec(ContainerId, String),
+    /// It has one of that name.
+    #[error("container {0} has a process {1:?} already")]
+    ExecExists(ContainerId, String),
+    /// A further process needs another name.
+    #[error("a further process of container {0} must have a name of 1 to 200 bytes")]
+    BadExecId(ContainerId),
+    /// Its processes are not held.
+    #[error("processes of container {0} could not be held within {KILL_TIMEOUT:?}")]
+    FreezeTimeout(ContainerId),
     /// The process has no terminal.
     #[error("the process of container {0} has no terminal")]
     NoTerminal(ContainerId),
@@ -100,6 +116,8 @@ pub struct Container {
     id: ContainerId,
     cgroup: Cgroup,
     process: OnceLock<Arc<Process>>,
+    template: OnceLock<exec::Template>,
+    execs: exec::Execs,
     state: tokio::sync::Mutex<State>,
     removal: watch::Sender<bool>,
 }
@@ -120,6 +138,8 @@ impl Container {
             id,
             cgroup,
             process: OnceLock::new(),
+            template: OnceLock::new(),
+            execs: exec::Execs::default(),
             state: tokio::sync::Mutex::new(State::Creating),
             removal,
         }
@@ -168,6 +188,8 @@ impl Container {
         spec: ContainerSpec,
         streams: EngineStreams,
     ) -> Result<(i32, StartGate), ContainerError> {
+        // Set once: this runs once.
+        let _ = self.template.set(exec::Template::of(&spec));
         let bundle = self.bundle();
         fs::create_dir_all(&bundle).map_err(self.system("make the bundle directory"))?;
         let config = serde_json::to_vec(&spec.spec).map_err(self.system("write the config"))?;
@@ -249,13 +271,13 @@ impl Container {
         self.process.get().ok_or_else(|| self.wrong_state("being created"))
     }
 
-    /// Sends a signal to its process, or to all of its processes.
+    /// Sends a signal to a process, or to all of its processes.
     ///
     /// # Errors
     ///
     /// [`ContainerError::State`]: the one process has ended, or is not there yet. A signal to all is no error then.
-    pub fn signal(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
-        let process = self.process()?;
+    pub fn signal(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), ContainerError> {
+        let process = self.process_named(exec_id)?;
         if all {
             return self.cgroup.signal(signal).map_err(self.system("signal the processes"));
         }
@@ -265,15 +287,39 @@ impl Container {
         }
     }
 
-    /// Sets the size of its terminal.
+    /// Sets the size of the terminal of a process.
     ///
     /// # Errors
     ///
     /// [`ContainerError::NoTerminal`].
-    pub fn resize(&self, rows: u16, columns: u16) -> Result<(), ContainerError> {
+    pub fn resize(&self, exec_id: &str, rows: u16, columns: u16) -> Result<(), ContainerError> {
+        let process = self.process_named(exec_id)?;
         let terminal =
-            self.process()?.terminal.as_ref().ok_or_else(|| ContainerError::NoTerminal(self.id.clone()))?;
+            process.terminal.as_ref().ok_or_else(|| ContainerError::NoTerminal(self.id.clone()))?;
         terminal::resize(terminal.as_ref(), rows, columns).map_err(self.system("set the terminal's size"))
+    }
+
+    /// Holds all of its processes, or lets them run.
+    ///
+    /// # Errors
+    ///
+    /// [`ContainerError::FreezeTimeout`]: they run then.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+        let dir = self.cgroup.dir();
+        match timeout(KILL_TIMEOUT, freeze(&dir, frozen)).await {
+            Ok(result) => result.map_err(self.system("hold the processes")),
+            Err(_) => {
+                // Half-held is worse than not. The cgroup may be gone.
+                let _ = fs::write(dir.join("cgroup.freeze"), "0");
+                Err(ContainerError::FreezeTimeout(self.id.clone()))
+            }
+        }
+    }
+
+    /// Its cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
     }
 
     /// Kills what is left of it and removes it. A creation under way is given up.

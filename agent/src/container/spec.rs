@@ -107,7 +107,7 @@ fn saturate(size: u64) -> u16 {
 }
 
 /// The number in the guest for a number in the container; one without a mapping stays as it is (the process cannot become that user, which is reported then).
-fn in_guest(id: u32, mappings: Option<&[LinuxIdMapping]>) -> u32 {
+pub(super) fn in_guest(id: u32, mappings: Option<&[LinuxIdMapping]>) -> u32 {
     mappings
         .into_iter()
         .flatten()

@@ -97,9 +97,9 @@ fn find(name: &str, path: &str) -> Result<PathBuf, SetupError> {
     if name.contains('/') {
         return match look(Path::new(name)) {
             Look::Executable | Look::Unknown => Ok(name.into()),
-            Look::Missing => {
-                Err(SetupError::NotFound(format!("executable {name:?} does not exist in the container")))
-            }
+            Look::Missing => Err(SetupError::NotFound(format!(
+                "executable {name:?} does not exist in the container: no such file or directory"
+            ))),
             Look::Unusable(why) => Err(SetupError::NotExecutable(format!("cannot execute {name:?}: {why}"))),
         };
     }
@@ -118,7 +118,8 @@ fn find(name: &str, path: &str) -> Result<PathBuf, SetupError> {
     match unusable {
         Some(text) => Err(SetupError::NotExecutable(text)),
         None => Err(SetupError::NotFound(format!(
-            "executable {name:?} not found in the container's $PATH ({path})"
+            // In these words engines recognise it, and tell their users so.
+            "exec {name:?}: executable file not found in $PATH ({path})"
         ))),
     }
 }

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use kvrun_pod::text;
-use kvrun_pod::vmm::VmEnd;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
@@ -21,6 +20,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::cli::LogFormat;
+use crate::error::LastWords;
 
 /// The log file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -68,36 +68,51 @@ impl Log {
 
     /// Reports something the user must know: one line.
     pub(crate) fn say(&self, message: &str) {
+        self.write("error", message);
+    }
+
+    /// Reports something that did not work, and without which we go on: one line.
+    pub(crate) fn warn(&self, message: &str) {
+        self.write("warning", message);
+    }
+
+    fn write(&self, level: &str, message: &str) {
         let message = text::one_line(message, usize::MAX);
         // There is no other place to report to.
         let _ = writeln!(io::stderr(), "kvrun: {message}");
         if let Some((file, format)) = &self.file {
-            let mut line = line(*format, "error", &message);
+            let mut line = line(*format, level, &message);
             line.push('\n');
             let _ = (&*file).write_all(line.as_bytes());
         }
     }
 
-    /// What a machine that died said last, as an indented block on standard error.
-    pub(crate) fn last_words(&self, end: Option<&VmEnd>) {
-        let Some(end) = end else { return };
+    /// What a machine that died said last, as an indented block on standard error, and in the log file.
+    pub(crate) fn last_words(&self, all: &[LastWords]) {
         let mut stderr = io::stderr().lock();
-        for (title, tail) in [("guest console", &end.console_tail), ("VMM", &end.stderr_tail)] {
-            let mut lines = text::lines(tail).peekable();
-            if lines.peek().is_some() {
-                let _ = writeln!(stderr, "  last output of the {title}:");
-            }
-            for line in lines {
-                let _ = writeln!(stderr, "    {line}");
+        for words in all {
+            let _ = writeln!(stderr, "  last output of the {}:", words.title);
+            for text in &words.lines {
+                let _ = writeln!(stderr, "    {text}");
+                if let Some((file, format)) = &self.file {
+                    let text = format!("{}: {text}", words.title);
+                    let _ = (&*file).write_all(format!("{}\n", line(*format, "warning", &text)).as_bytes());
+                }
             }
         }
     }
 }
 
-fn line(format: LogFormat, level: &str, message: &str) -> String {
+/// The time, as in RFC 3339.
+pub(crate) fn now() -> String {
     let mut time = String::new();
     // Writing to a string does not fail.
     let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    time
+}
+
+fn line(format: LogFormat, level: &str, message: &str) -> String {
+    let time = now();
     match format {
         LogFormat::Json => serde_json::json!({ "level": level, "msg": message, "time": time }).to_string(),
         LogFormat::Text => format!("time={time:?} level={level} msg={message:?}"),

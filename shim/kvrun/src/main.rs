@@ -1,17 +1,28 @@
 //! `kvrun`: the OCI command line, a thin door to the pod engine ([`kvrun_pod`]).
 //!
 //! * [`cli`] - the options.
-//! * [`run`] - `kvrun run`: a container in the foreground, with [`signals`] forwarded and the [`terminal`] handed over.
-//! * [`check`] - `kvrun check`: whether this host can run virtual machines.
-//! * [`env`] - `kvrun env`: what would be used, and where it is.
-//! * [`log`] - where errors and traces go.
+//! * [`run`] - `kvrun run`: a container in the foreground. [`create`] - in a process that stays; [`daemon`] makes it.
+//!   [`exec`] - a further process.
+//! * [`engine`] - what each machine is made of; [`monitor`] - the process that has one, and how others ask it for something.
+//! * [`attach`] - standing for a process in a guest: [`signals`] forwarded, the [`terminal`] handed over, the same end.
+//! * [`commands`] - the commands that only look or ask.
+//! * [`check`] - `kvrun check`: whether this host can run virtual machines; [`env`] - `kvrun env`: what would be used, and where it is.
+//! * [`error`] - what can go wrong; [`log`] - where errors and traces go.
 //!
 //! Every failure is one line on standard error, and in the log file if there is one, and an exit code that is not 0.
 
+mod attach;
 mod check;
 mod cli;
+mod commands;
+mod create;
+mod daemon;
+mod engine;
 mod env;
+mod error;
+mod exec;
 mod log;
+mod monitor;
 mod run;
 mod signals;
 mod terminal;
@@ -22,9 +33,8 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
-
-/// The exit code for a failure of kvrun itself.
-const FAILED: u8 = 1;
+use commands::{delete, events, features, kill, list, ps, spec, start, state, update};
+use error::{Error, FAILED};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -35,19 +45,44 @@ fn main() -> ExitCode {
         Ok(log) => log,
         Err(error) => return log::Log::none().fail(&error.to_string(), FAILED),
     };
-    match cli.command {
-        Command::Run(args) => match run::run(&cli.global, &args, &log) {
-            Ok(code) => code.into(),
-            Err(error) => {
-                let code = log.fail(&kvrun_pod::text::chain(&error), error.code());
-                log.last_words(error.vm_end());
-                code
-            }
-        },
+    let global = &cli.global;
+    let done = match &cli.command {
         Command::Check => {
-            finish(&log, check::check(&cli.global), "kvrun check: this host cannot run virtual machines")
+            return finish(&log, check::check(global), "kvrun check: this host cannot run virtual machines");
         }
-        Command::Env => finish(&log, env::env(&cli.global), "kvrun env: files are missing"),
+        Command::Env => return finish(&log, env::env(global), "kvrun env: files are missing"),
+        Command::Run(args) if args.detach => create::run_detached(global, &args.create, &log).map(|()| 0),
+        Command::Run(args) => run::run(global, &args.create, args.keep, &log),
+        Command::Create(args) => create::create(global, args, &log).map(|()| 0),
+        Command::Exec(args) => exec::exec(global, args, &log),
+        command => simple(global, command, &log).map(|()| 0),
+    };
+    match done {
+        Ok(code) => code.into(),
+        Err(error) => {
+            let code = log.fail(&kvrun_pod::text::chain(&error), error.code());
+            log.last_words(&error.last_words());
+            code
+        }
+    }
+}
+
+/// The commands whose exit code only says whether they have failed.
+fn simple(global: &cli::Global, command: &Command, log: &log::Log) -> Result<(), Error> {
+    match command {
+        Command::Start(args) => start::start(global, &args.id),
+        Command::State(args) => state::state(global, &args.id),
+        Command::Kill(args) => kill::kill(global, args),
+        Command::Delete(args) => delete::delete(global, &args.id, args.force, log),
+        Command::List(args) => list::list(global, args),
+        Command::Ps(args) => ps::ps(global, args),
+        Command::Pause(args) => start::pause(global, &args.id),
+        Command::Resume(args) => start::resume(global, &args.id),
+        Command::Update(args) => update::update(global, args),
+        Command::Events(args) => events::events(global, args),
+        Command::Spec(args) => spec::spec(args),
+        Command::Features => features::features(),
+        Command::Run(_) | Command::Create(_) | Command::Exec(_) | Command::Check | Command::Env => Ok(()),
     }
 }
 

@@ -1,9 +1,15 @@
-//! The caller's terminal while a container has it.
+//! The terminal of a container on the host: the caller's own while the container has it, or one made for whoever asks for it.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Mutex, Once, PoisonError};
 
+use rustix::fs::{Mode, OFlags, open};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::stdio::{stderr, stdin, stdout};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -20,6 +26,35 @@ impl Terminal {
     pub(crate) fn find() -> io::Result<Option<Self>> {
         let found = [stdin(), stdout(), stderr()].into_iter().find(|fd| isatty(fd));
         found.map(|fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(Self)).transpose()
+    }
+
+    /// A pseudo-terminal of the host whose other end goes to whoever listens on `socket`: one message with the terminal's name, and
+    /// the descriptor, as runc sends it. Ours becomes the controlling terminal of this session, which has none, and is raw: the
+    /// terminal in the guest does what terminals do.
+    pub(crate) fn send(socket: &Path) -> io::Result<Self> {
+        let far = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&far)?;
+        unlockpt(&far)?;
+        let name = ptsname(&far, Vec::new())?;
+        let near = open(&name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut settings = tcgetattr(&near)?;
+        settings.make_raw();
+        tcsetattr(&near, OptionalActions::Now, &settings)?;
+        // So that a new size of the window is a signal to us (Linux drivers/tty/pty.c, pty_resize).
+        rustix::process::ioctl_tiocsctty(&near)?;
+
+        let stream = UnixStream::connect(socket)?;
+        let fds = [far.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        sendmsg(&stream, &[IoSlice::new(name.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
+        Ok(Self(near))
+    }
+
+    /// Another descriptor for it.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
     }
 
     /// Rows and columns, if it knows them.

@@ -3,6 +3,7 @@
 //! Requests go out from whoever has an [`Agent`]; every one is bounded in time, except waiting for a process. What the agent answers is
 //! hostile: ttrpc bounds its size, and its error messages are made one short line before anything else sees them.
 
+use std::path::Path;
 use std::time::Duration;
 
 use kvrun_agent_api::agent as api;
@@ -24,6 +25,8 @@ pub const PROTOCOL: &str = "kvrun.agent.v1";
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the agent may take to shut the guest down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the agent may take to forget a directory, which nobody waits for but the host's memory.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest error message taken from the agent, in characters.
 const MAX_MESSAGE: usize = 1000;
 
@@ -176,18 +179,32 @@ impl Agent {
         bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
-    /// Creates a container; `spec_json` is its OCI config with paths of the guest.
+    /// Forgets what is cached of a directory that was removed from the share.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn forget_directory(&self, path: &Path) -> Result<(), AgentError> {
+        let path = path.to_string_lossy().into_owned();
+        let request = api::ForgetDirectoryRequest { path, ..Default::default() };
+        let call = self.client.forget_directory(Context::default(), &request);
+        bounded("forget a directory", FORGET_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the
+    /// guest are told.
     ///
     /// # Errors
     /// [`AgentError`]; the codes `NOT_FOUND` and `PERMISSION_DENIED` are about the program to run.
     pub async fn create(
         &self,
         id: &ContainerId,
+        bundle: &Path,
         spec_json: Vec<u8>,
         stdio: api::Stdio,
     ) -> Result<(), AgentError> {
         let request = api::CreateContainerRequest {
             container_id: id.to_string(),
+            bundle: bundle.to_string_lossy().into_owned(),
             spec_json,
             stdio: Some(stdio).into(),
             ..Default::default()
@@ -206,14 +223,94 @@ impl Agent {
         bounded("start the container", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
-    /// Waits for the end of the container's process, without a bound; also tells whether the guest's kernel killed a process at the
+    /// Runs a further process in a running container; `process_json` is an OCI `process`.
+    ///
+    /// # Errors
+    /// As [`Agent::create`].
+    pub async fn exec(
+        &self,
+        id: &ContainerId,
+        exec_id: &str,
+        process_json: Vec<u8>,
+        stdio: api::Stdio,
+    ) -> Result<(), AgentError> {
+        let request = api::ExecProcessRequest {
+            container_id: id.to_string(),
+            exec_id: exec_id.to_owned(),
+            process_json,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let call = self.client.exec_process(Context::default(), &request);
+        bounded("run the process", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Holds all processes of a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let request = container(id);
+        let call = self.client.pause_container(Context::default(), &request);
+        bounded("pause the container", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Lets them run again.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let request = container(id);
+        let call = self.client.resume_container(Context::default(), &request);
+        bounded("resume the container", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// The processes of a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn processes(&self, id: &ContainerId) -> Result<api::ListProcessesResponse, AgentError> {
+        let request = container(id);
+        let call = self.client.list_processes(Context::default(), &request);
+        bounded("list the processes", REQUEST_TIMEOUT, call).await
+    }
+
+    /// What the cgroup of a container counts.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn stats(&self, id: &ContainerId) -> Result<api::ContainerStatsResponse, AgentError> {
+        let request = container(id);
+        let call = self.client.container_stats(Context::default(), &request);
+        bounded("count", REQUEST_TIMEOUT, call).await
+    }
+
+    /// Changes the limits of a container; `resources_json` is OCI `linux.resources`, of which what is there is changed.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn update(&self, id: &ContainerId, resources_json: Vec<u8>) -> Result<(), AgentError> {
+        let request = api::UpdateContainerRequest {
+            container_id: id.to_string(),
+            resources_json,
+            ..Default::default()
+        };
+        let call = self.client.update_container(Context::default(), &request);
+        bounded("change the limits", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Waits for the end of a process, the container's own if `exec_id` is empty, without a bound; also tells whether the guest's kernel killed a process at the
     /// memory limit.
     ///
     /// # Errors
     /// [`AgentError`], never [`AgentError::Timeout`].
-    pub async fn wait(&self, id: &ContainerId) -> Result<(ProcessEnd, bool), AgentError> {
+    pub async fn wait(&self, id: &ContainerId, exec_id: &str) -> Result<(ProcessEnd, bool), AgentError> {
         const WHAT: &str = "wait for the container";
-        let request = api::ProcessRequest { container_id: id.to_string(), ..Default::default() };
+        let request = api::ProcessRequest {
+            container_id: id.to_string(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
         let answer =
             self.client.wait_process(Context::default(), &request).await.map_err(|e| failure(WHAT, e))?;
         let number = |n: u32| u8::try_from(n).map_err(|_| AgentError::Senseless { what: WHAT });
@@ -227,32 +324,45 @@ impl Agent {
         Ok((end, answer.oom_killed))
     }
 
-    /// Sends a signal to the container's process, or to all of its processes.
+    /// Sends a signal to a process, or to all processes of the container.
     ///
     /// # Errors
     /// [`AgentError`].
     pub async fn signal(
         &self,
         id: &ContainerId,
+        exec_id: &str,
         signal: i32,
         all: bool,
         bound: Duration,
     ) -> Result<(), AgentError> {
         let signal = signal.unsigned_abs();
-        let request =
-            api::SignalProcessRequest { container_id: id.to_string(), signal, all, ..Default::default() };
+        let request = api::SignalProcessRequest {
+            container_id: id.to_string(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
         bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request))
             .await
             .map(drop)
     }
 
-    /// Sets the size of the container's terminal.
+    /// Sets the size of a process's terminal.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn resize(&self, id: &ContainerId, rows: u16, columns: u16) -> Result<(), AgentError> {
+    pub async fn resize(
+        &self,
+        id: &ContainerId,
+        exec_id: &str,
+        rows: u16,
+        columns: u16,
+    ) -> Result<(), AgentError> {
         let request = api::ResizeTerminalRequest {
             container_id: id.to_string(),
+            exec_id: exec_id.to_owned(),
             rows: rows.into(),
             columns: columns.into(),
             ..Default::default()

@@ -12,11 +12,19 @@ use crate::state_dir::{ContainerDir, StateError};
 /// What can go wrong with the cgroup.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The form that asks systemd for a scope.
+    /// The form that names a scope of systemd, without `--systemd-cgroup`.
     #[error(
-        "linux.cgroupsPath {path:?} is of the form slice:prefix:name, for the systemd cgroup driver, which kvrun does not have: give a path such as /kvrun/NAME"
+        "linux.cgroupsPath {path:?} is of the form slice:prefix:name, which goes with --systemd-cgroup: use both, or give a path such as /kvrun/NAME"
     )]
     Systemd {
+        /// As in the spec.
+        path: String,
+    },
+    /// A path, with `--systemd-cgroup`.
+    #[error(
+        "linux.cgroupsPath {path:?} is not of the form slice:prefix:name, which --systemd-cgroup asks for"
+    )]
+    NotSystemd {
         /// As in the spec.
         path: String,
     },
@@ -70,15 +78,35 @@ fn v2_mount_of_line(line: &str) -> Option<&str> {
     (fs.split(' ').next() == Some("cgroup2") && root == "/").then_some(point)
 }
 
+/// How `linux.cgroupsPath` is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// As a path.
+    Cgroupfs,
+    /// As `slice:prefix:name`, a scope. We make the directory that systemd would make, and do not tell systemd of it.
+    Systemd,
+}
+
 /// The spec's path below the mount point, without its leading slash.
 ///
 /// # Errors
-/// [`CgroupError::Systemd`], [`CgroupError::Invalid`].
-pub fn relative(path: &Path) -> Result<PathBuf, CgroupError> {
+/// [`CgroupError::Systemd`], [`CgroupError::NotSystemd`], [`CgroupError::Invalid`].
+pub fn relative(path: &Path, driver: Driver) -> Result<PathBuf, CgroupError> {
     let text = || path.to_string_lossy().into_owned();
-    // runc docs/systemd.md: slice:prefix:name, of which prefix may be empty and name has no slash.
-    if !path.to_string_lossy().contains('/') && path.to_string_lossy().split(':').count() == 3 {
-        return Err(CgroupError::Systemd { path: text() });
+    // runc docs/systemd.md: slice:prefix:name, of which slice and prefix may be empty and name has no slash.
+    let parts: Vec<String> = path.to_string_lossy().split(':').map(str::to_owned).collect();
+    let scope = <[String; 3]>::try_from(parts).ok().filter(|_| !path.to_string_lossy().contains('/'));
+    match (driver, scope) {
+        (Driver::Cgroupfs, None) => {}
+        (Driver::Cgroupfs, Some(_)) => return Err(CgroupError::Systemd { path: text() }),
+        (Driver::Systemd, None) => return Err(CgroupError::NotSystemd { path: text() }),
+        (Driver::Systemd, Some([slice, prefix, name])) => {
+            let invalid = || CgroupError::Invalid { path: text() };
+            let mut directory = slice_directory(&slice).ok_or_else(invalid)?;
+            let unit = if prefix.is_empty() { name } else { format!("{prefix}-{name}") };
+            directory.push(if unit.ends_with(".slice") { unit } else { format!("{unit}.scope") });
+            return relative(&Path::new("/").join(directory), Driver::Cgroupfs);
+        }
     }
     let mut relative = PathBuf::new();
     for component in path.components() {
@@ -91,13 +119,33 @@ pub fn relative(path: &Path) -> Result<PathBuf, CgroupError> {
     if relative.as_os_str().is_empty() { Err(CgroupError::Invalid { path: text() }) } else { Ok(relative) }
 }
 
+/// Where systemd has a slice (systemd.slice(5)): `a-b.slice` is in `a.slice`. An empty name is `system.slice`, as in runc.
+fn slice_directory(slice: &str) -> Option<PathBuf> {
+    let name = match slice {
+        "" => "system",
+        "-.slice" => return Some(PathBuf::new()),
+        _ => slice.strip_suffix(".slice")?,
+    };
+    let mut directory = PathBuf::new();
+    let mut so_far = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        so_far += part;
+        directory.push(format!("{so_far}.slice"));
+        so_far.push('-');
+    }
+    Some(directory)
+}
+
 impl HostCgroup {
     /// Makes the cgroup that a spec's `linux.cgroupsPath` names, if it is not there, and moves this process into it.
     ///
     /// # Errors
     /// [`CgroupError`]; nothing is then left behind.
-    pub fn join(path: &Path, dir: &ContainerDir) -> Result<Self, CgroupError> {
-        let relative = relative(path)?;
+    pub fn join(path: &Path, driver: Driver, dir: &ContainerDir) -> Result<Self, CgroupError> {
+        let relative = relative(path, driver)?;
         let mount_point = v2_mount_point().ok_or(CgroupError::NoV2)?;
         let previous = current(&mount_point)?;
         let mut missing = Vec::new();
@@ -169,20 +217,51 @@ mod tests {
 
     #[test]
     fn paths_stay_below_the_root() {
-        assert_eq!(relative(Path::new("/a/b")).unwrap(), Path::new("a/b"));
-        assert_eq!(relative(Path::new("a/./b")).unwrap(), Path::new("a/b"));
-        assert_eq!(relative(Path::new("/kubepods/pod:1")).unwrap(), Path::new("kubepods/pod:1"));
+        assert_eq!(relative(Path::new("/a/b"), Driver::Cgroupfs).unwrap(), Path::new("a/b"));
+        assert_eq!(relative(Path::new("a/./b"), Driver::Cgroupfs).unwrap(), Path::new("a/b"));
+        assert_eq!(
+            relative(Path::new("/kubepods/pod:1"), Driver::Cgroupfs).unwrap(),
+            Path::new("kubepods/pod:1")
+        );
         for path in ["", "/", "../a", "/a/../../b", "a\nb"] {
-            assert!(matches!(relative(Path::new(path)), Err(CgroupError::Invalid { .. })), "{path:?}");
+            assert!(
+                matches!(relative(Path::new(path), Driver::Cgroupfs), Err(CgroupError::Invalid { .. })),
+                "{path:?}"
+            );
         }
     }
 
     #[test]
-    fn systemd_form_is_refused_by_name() {
+    fn systemd_form_is_refused_by_name_without_its_option() {
         for path in ["system.slice:kvrun:x", "::", "user.slice::x"] {
-            let error = relative(Path::new(path)).unwrap_err();
+            let error = relative(Path::new(path), Driver::Cgroupfs).unwrap_err();
             assert!(matches!(error, CgroupError::Systemd { .. }), "{path:?}");
             assert!(error.to_string().contains("linux.cgroupsPath"));
+        }
+    }
+
+    #[test]
+    fn scope_is_where_systemd_would_have_it() {
+        for (path, expected) in [
+            ("machine.slice:libpod:1f", "machine.slice/libpod-1f.scope"),
+            ("a-b-c.slice::x", "a.slice/a-b.slice/a-b-c.slice/x.scope"),
+            (":kvrun:x", "system.slice/kvrun-x.scope"),
+            ("-.slice:kvrun:x", "kvrun-x.scope"),
+            ("machine.slice:libpod:p.slice", "machine.slice/libpod-p.slice"),
+        ] {
+            assert_eq!(relative(Path::new(path), Driver::Systemd).unwrap(), Path::new(expected));
+        }
+        for path in ["/a/b", "a", "a:b:c/d"] {
+            assert!(matches!(
+                relative(Path::new(path), Driver::Systemd),
+                Err(CgroupError::NotSystemd { .. })
+            ));
+        }
+        for path in ["a:b:c", "-a.slice:b:c", "a--b.slice:b:c"] {
+            assert!(
+                matches!(relative(Path::new(path), Driver::Systemd), Err(CgroupError::Invalid { .. })),
+                "{path}"
+            );
         }
     }
 

@@ -1,22 +1,13 @@
-//! A container in a running machine.
+//! A container in a running machine, and how it ends.
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::time::timeout;
-
-use crate::agent::{AgentError, ProcessEnd};
-use crate::container_id::ContainerId;
-use crate::pod::{DEATH_GRACE, Pod, PodError};
+use crate::pod::PodError;
+use crate::process::Process;
 use crate::stdio::{Copying, StdioError};
-use crate::text;
 use crate::vmm::VmEnd;
 
-/// How long the guest may take to deliver a signal.
-const SIGNAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the guest may take to deliver SIGKILL, after which the machine is ended instead.
-const KILL_TIMEOUT: Duration = Duration::from_millis(1500);
 /// The exit code of a container whose machine died: that of a process killed by SIGKILL.
 const VM_DIED_CODE: u8 = 128 + 9;
 
@@ -80,6 +71,16 @@ pub enum VmDeath {
     AgentLost(String),
 }
 
+impl VmDeath {
+    /// The end of the machine, if it was what came first.
+    pub fn vm_end(&self) -> Option<&VmEnd> {
+        match self {
+            Self::Died(end) => Some(end),
+            Self::AgentLost(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for VmDeath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -109,45 +110,36 @@ pub struct Exit {
     pub oom_killed: bool,
 }
 
-/// A container that was created. Dropping it closes its streams; its process lives until [`Container::delete`] or the end of
-/// the machine.
+/// A container that was created, with the copying of its streams. Dropping it closes them; its process lives until
+/// [`Container::delete`] or the end of the machine.
 #[derive(Debug)]
 pub struct Container {
-    pod: Pod,
-    id: ContainerId,
+    process: Process,
     copying: Option<Copying>,
 }
 
 impl Container {
-    pub(crate) fn new(pod: Pod, id: ContainerId, copying: Copying) -> Self {
-        Self { pod, id, copying: Some(copying) }
+    pub(crate) fn new(process: Process, copying: Copying) -> Self {
+        Self { process, copying: Some(copying) }
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
     }
 
     /// Runs its process.
     ///
     /// # Errors
-    /// [`PodError`]; [`AgentError::Refused`] in it with `NOT_FOUND` or `PERMISSION_DENIED` when the program is missing or not executable.
+    /// [`PodError`]; [`AgentError::Refused`](crate::agent::AgentError::Refused) in it with `NOT_FOUND` or `PERMISSION_DENIED` when the
+    /// program is missing or not executable.
     pub async fn start(&self) -> Result<(), PodError> {
-        self.pod.or_death(self.pod.agent.start(&self.id)).await?;
-        tracing::debug!(id = %self.id, "started");
-        Ok(())
+        self.process.start().await
     }
 
     /// Waits until its process has ended; some of its output may still be on the way ([`Container::drain`]). Cancel-safe.
     pub async fn wait(&self) -> Exit {
-        let died = |death| Exit { state: ExitState::VmDied(death), oom_killed: false };
-        match self.pod.or_death(self.pod.agent.wait(&self.id)).await {
-            Ok((ProcessEnd::Exited(code), oom_killed)) => Exit { state: ExitState::Exited(code), oom_killed },
-            Ok((ProcessEnd::Signaled(signal), oom_killed)) => {
-                Exit { state: ExitState::Signaled(signal), oom_killed }
-            }
-            Err(PodError::Died(end)) => died(VmDeath::Died(end)),
-            Err(error) => {
-                let why = text::chain(&error);
-                self.pod.vmm.kill("the agent in the guest was lost").await;
-                died(VmDeath::AgentLost(why))
-            }
-        }
+        self.process.wait().await
     }
 
     /// After the end of its process: waits until all of its output has reached the descriptors it was created with. Bounded
@@ -155,37 +147,28 @@ impl Container {
     pub async fn drain(&mut self) {
         if let Some(copying) = self.copying.take() {
             copying.drain().await;
-            tracing::debug!(id = %self.id, "drained");
+            tracing::debug!("drained");
         }
     }
 
-    /// Sends a signal, unchanged, to its process (or, with `all`, to all of its processes). If the guest does not take it within 10 s
-    /// (a SIGKILL: 1.5 s) the machine is ended: a guest that cannot be signalled must not live on.
+    /// As [`Process::kill`].
     ///
     /// # Errors
-    /// [`PodError`]; [`AgentError::Refused`] in it when the process has ended.
+    /// As [`Process::kill`].
     pub async fn kill(&self, signal: i32, all: bool) -> Result<(), PodError> {
-        let bound = if signal == libc::SIGKILL { KILL_TIMEOUT } else { SIGNAL_TIMEOUT };
-        let result = self.pod.or_death(self.pod.agent.signal(&self.id, signal, all, bound)).await;
-        if let Err(PodError::Agent(AgentError::Timeout { .. })) = result {
-            self.pod.vmm.kill("the guest did not take a signal in time").await;
-        }
-        result
+        self.process.kill(signal, all).await
     }
 
-    /// Sets the size of its terminal.
+    /// As [`Process::resize`].
     ///
     /// # Errors
     /// [`PodError`].
     pub async fn resize(&self, rows: u16, columns: u16) -> Result<(), PodError> {
-        self.pod.or_death(self.pod.agent.resize(&self.id, rows, columns)).await
+        self.process.resize(rows, columns).await
     }
 
-    /// Kills what is left of it and removes it from the guest, within 2 s or with the machine.
+    /// As [`Process::delete`].
     pub async fn delete(self) {
-        let removed = timeout(DEATH_GRACE, self.pod.or_death(self.pod.agent.remove(&self.id))).await;
-        if !matches!(removed, Ok(Ok(()))) {
-            self.pod.vmm.kill("the container could not be removed from the guest").await;
-        }
+        self.process.delete().await;
     }
 }

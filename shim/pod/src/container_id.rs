@@ -3,12 +3,15 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// The longest container ID in bytes; the same as in the agent, where it names a directory and a cgroup.
 pub const MAX_LEN: usize = 200;
 
 /// A container ID that is safe as the name of a directory entry. By runc's rule: letters, digits, `_`, `+`, `-` and `.`,
 /// but neither `.` nor `..`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ContainerId(String);
 
 /// The text is no container ID.
@@ -37,6 +40,20 @@ impl FromStr for ContainerId {
             return Err(InvalidContainerId { id: id.chars().take(MAX_LEN).collect() });
         }
         Ok(Self(id.to_owned()))
+    }
+}
+
+impl TryFrom<String> for ContainerId {
+    type Error = InvalidContainerId;
+
+    fn try_from(id: String) -> Result<Self, Self::Error> {
+        id.parse()
+    }
+}
+
+impl From<ContainerId> for String {
+    fn from(id: ContainerId) -> Self {
+        id.0
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,9 +18,10 @@ use crate::agent::{Agent, AgentError};
 use crate::assets::Assets;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
+use crate::process::Process;
 use crate::share::{GUEST_SHARE_DIR, SHARE_TAG};
 use crate::size::VmSize;
-use crate::stdio::{Planned, Stdio};
+use crate::stdio::{Copying, Planned, Stdio, Streams, Wanted};
 use crate::sys;
 use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
 
@@ -47,7 +48,7 @@ pub const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
 /// with several guests at once takes tens of seconds.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a VMM whose guest has broken its connection may take to end by itself, for example because the guest panicked.
-pub(crate) const DEATH_GRACE: Duration = Duration::from_secs(2);
+const DEATH_GRACE: Duration = Duration::from_secs(2);
 
 /// What can go wrong with a virtual machine.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +160,11 @@ impl Starting {
         Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone() })
     }
 
+    /// The VMM.
+    pub fn vmm(&self) -> &Vmm {
+        &self.vmm
+    }
+
     /// Gives the guest the share and waits for the agent.
     ///
     /// # Errors
@@ -218,7 +224,8 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Creates a container from a spec whose paths are the guest's ([`Share::add`]), up to but not including its process.
+    /// Creates a container from a spec whose paths are the guest's ([`Share::add`]), up to but not including its process,
+    /// and copies its streams.
     ///
     /// # Errors
     /// [`CreateError`].
@@ -228,16 +235,56 @@ impl Pod {
         spec: &oci_spec::runtime::Spec,
         stdio: Stdio,
     ) -> Result<Container, CreateError> {
+        let (process, streams) = self.create_process(id, Path::new(""), spec, stdio.wanted()).await?;
+        Ok(Container::new(process, Copying::start(stdio, streams)?))
+    }
+
+    /// As [`Pod::create`], for streams that somebody else copies; `bundle` is what hooks in the guest are told.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    pub async fn create_process(
+        &self,
+        id: &ContainerId,
+        bundle: &Path,
+        spec: &oci_spec::runtime::Spec,
+        wanted: Wanted,
+    ) -> Result<(Process, Streams), CreateError> {
         let spec_json = serde_json::to_vec(spec).map_err(CreateError::Serialize)?;
-        let planned = Planned::new(stdio)?;
-        let tokens = planned.tokens();
-        let created = self.or_death(self.agent.create(id, spec_json, tokens));
-        let (created, connected) = tokio::join!(created, planned.connect(&self.vmm));
-        // What the agent says comes first: it drops the streams of a container it refuses.
-        created?;
-        let copying = connected?;
+        let planned = Planned::new(wanted)?;
+        let created = self.agent.create(id, bundle, spec_json, planned.tokens());
+        let streams = self.with_streams(created, planned).await?;
         tracing::debug!(%id, "created");
-        Ok(Container::new(self.clone(), id.clone(), copying))
+        Ok((Process::new(self.clone(), id.clone(), String::new()), streams))
+    }
+
+    /// Runs a further process in a running container; `exec_id` is to be a new one.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    pub async fn exec(
+        &self,
+        id: &ContainerId,
+        exec_id: String,
+        process: &oci_spec::runtime::Process,
+        wanted: Wanted,
+    ) -> Result<(Process, Streams), CreateError> {
+        let process_json = serde_json::to_vec(process).map_err(CreateError::Serialize)?;
+        let planned = Planned::new(wanted)?;
+        let started = self.agent.exec(id, &exec_id, process_json, planned.tokens());
+        let streams = self.with_streams(started, planned).await?;
+        Ok((Process::new(self.clone(), id.clone(), exec_id), streams))
+    }
+
+    async fn with_streams(
+        &self,
+        request: impl Future<Output = Result<(), AgentError>>,
+        planned: Planned,
+    ) -> Result<Streams, CreateError> {
+        let (made, connected) = tokio::join!(self.or_death(request), planned.connect(&self.vmm));
+        // What the agent says comes first: it drops the streams of a process it refuses.
+        made?;
+        Ok(connected?)
     }
 
     /// The machine: to attach devices to it, to pause it, to look at it.
@@ -265,7 +312,10 @@ impl Pod {
     }
 
     /// Does a request to the agent, unless the machine dies first.
-    pub(crate) async fn or_death<T>(
+    ///
+    /// # Errors
+    /// [`PodError::Died`], or what the agent says.
+    pub async fn or_death<T>(
         &self,
         request: impl Future<Output = Result<T, AgentError>>,
     ) -> Result<T, PodError> {

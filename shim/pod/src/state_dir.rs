@@ -1,16 +1,19 @@
 //! Where the engine keeps what it knows of a container: one directory for each, named by its ID.
 //!
-//! Whoever holds the lock (flock(2)) on the directory owns the container. The lock goes with the process, so after a crash the directory is
-//! there but not locked: whoever claims the ID next cleans up what is left, and goes on.
+//! Whoever holds the lock (flock(2)) on the directory owns the container, and alone writes its [`Record`]. The lock goes with the process;
+//! the directory stays until the container is deleted ([`ContainerDir::take_over`]). One without a record, or whose record
+//! belongs to nobody, is what a crash left: whoever claims the ID next cleans up and goes on.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, mkdirat, openat, statat, unlinkat};
 use rustix::io::Errno;
 
 use crate::container_id::ContainerId;
+use crate::record::{self, Record};
 
 /// Where state directories are unless the caller says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/kvrun";
@@ -18,6 +21,8 @@ pub const DEFAULT_ROOT: &str = "/run/kvrun";
 const SHARE: &str = "share";
 /// The cgroup directories made for the container, one path per line, to be removed in reverse order.
 const CGROUPS: &str = "cgroups";
+/// The socket of the process that serves the container.
+pub const SOCKET: &str = "monitor.sock";
 /// The most that is read from a file of ours.
 const MAX_FILE: u64 = 64 * 1024;
 /// How often a directory that is removed while we open it is made again.
@@ -27,8 +32,14 @@ const ATTEMPTS: u32 = 100;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The container is there.
-    #[error("container ID {id} is in use: choose another one, or end that container first")]
+    #[error("container ID {id} is in use: choose another one, or delete that container first")]
     InUse {
+        /// Its ID.
+        id: ContainerId,
+    },
+    /// The container is not there.
+    #[error("container {id} does not exist")]
+    Unknown {
         /// Its ID.
         id: ContainerId,
     },
@@ -45,7 +56,7 @@ pub enum StateError {
     },
 }
 
-/// The state directory of a container that is ours. Dropping it removes it.
+/// The state directory of a container that is ours. Dropping it removes it, unless it is to be [kept](ContainerDir::keep).
 #[derive(Debug)]
 pub struct ContainerDir {
     id: ContainerId,
@@ -53,6 +64,7 @@ pub struct ContainerDir {
     /// Locked.
     dir: OwnedFd,
     path: PathBuf,
+    kept: AtomicBool,
 }
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -61,35 +73,71 @@ impl ContainerDir {
     /// Makes the ID ours: nobody else can claim it until this is dropped. `root` is made if it is missing.
     ///
     /// # Errors
-    /// [`StateError::InUse`] while another process has the ID.
+    /// [`StateError::InUse`] while there is a container of this ID, running or not.
     pub fn claim(root_path: &Path, id: &ContainerId) -> Result<Self, StateError> {
+        let root = open_root(root_path).map_err(|e| io_error("open the state directory", root_path, e))?;
         let path = root_path.join(id.as_str());
-        let io =
-            |step, path: &Path, e: Errno| StateError::Io { step, path: path.to_owned(), source: e.into() };
-        let root = open_root(root_path).map_err(|e| io("open the state directory", root_path, e))?;
         for _ in 0..ATTEMPTS {
             match mkdirat(&root, id.as_str(), Mode::RWXU) {
                 Ok(()) | Err(Errno::EXIST) => {}
-                Err(e) => return Err(io("make the state directory", &path, e)),
+                Err(e) => return Err(io_error("make the state directory", &path, e)),
             }
-            let dir = match openat(&root, id.as_str(), DIRECTORY, Mode::empty()) {
-                Ok(dir) => dir,
-                Err(Errno::NOENT) => continue,
-                Err(e) => return Err(io("open the state directory", &path, e)),
-            };
-            match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::AGAIN) => return Err(StateError::InUse { id: id.clone() }),
-                Err(e) => return Err(io("lock the state directory", &path, e)),
+            let Some(dir) = open_dir(&root, id, &path)? else { continue };
+            if !lock(&root, id, &dir, &path)? {
+                continue;
             }
-            // Its last owner may have removed it after we opened it; then the lock is on nothing.
-            if is_entry(&root, id, &dir) {
-                let claimed = Self { id: id.clone(), root, dir, path };
-                claimed.clean();
-                return Ok(claimed);
+            // One that cannot be read is nobody's either.
+            if Record::read(dir.as_fd()).is_ok_and(|record| record.is_some_and(|record| !record.transient)) {
+                return Err(StateError::InUse { id: id.clone() });
             }
+            let claimed = Self { id: id.clone(), root, dir, path, kept: AtomicBool::new(false) };
+            claimed.clean();
+            return Ok(claimed);
         }
-        Err(io("make the state directory", &path, Errno::BUSY))
+        Err(io_error("make the state directory", &path, Errno::BUSY))
+    }
+
+    /// Makes a container ours whose process has ended, to delete it.
+    ///
+    /// # Errors
+    /// [`StateError::Unknown`]; [`StateError::InUse`] while the process is there.
+    pub fn take_over(root_path: &Path, id: &ContainerId) -> Result<Self, StateError> {
+        let path = root_path.join(id.as_str());
+        let unknown = || StateError::Unknown { id: id.clone() };
+        let root = match rustix::fs::open(root_path, DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT) => return Err(unknown()),
+            other => other.map_err(|e| io_error("open the state directory", root_path, e))?,
+        };
+        let dir = open_dir(&root, id, &path)?.ok_or_else(unknown)?;
+        if !lock(&root, id, &dir, &path)? {
+            return Err(unknown());
+        }
+        Ok(Self { id: id.clone(), root, dir, path, kept: AtomicBool::new(false) })
+    }
+
+    /// Leaves the directory there when this is dropped, for [`ContainerDir::take_over`].
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be left there.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
+    /// The directory itself.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// Another descriptor for the directory, without the lock: for whoever writes in it and does not own it.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn reopen(&self) -> Result<OwnedFd, StateError> {
+        // Not a duplicate: that would have the lock in common (flock(2)).
+        openat(&self.dir, ".", DIRECTORY, Mode::empty())
+            .map_err(|e| io_error("open the state directory", &self.path, e))
     }
 
     /// The container.
@@ -140,7 +188,8 @@ impl ContainerDir {
                 }
             }
         }
-        for (name, flags) in [(CGROUPS, AtFlags::empty()), (SHARE, AtFlags::REMOVEDIR)] {
+        let files = [CGROUPS, SOCKET, record::NEW_FILE, record::FILE].map(|name| (name, AtFlags::empty()));
+        for (name, flags) in files.into_iter().chain([(SHARE, AtFlags::REMOVEDIR)]) {
             match unlinkat(&self.dir, name, flags) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => tracing::warn!(path = %self.path.join(name).display(), %error, "clean up"),
@@ -151,11 +200,67 @@ impl ContainerDir {
 
 impl Drop for ContainerDir {
     fn drop(&mut self) {
+        if self.kept.load(Ordering::Relaxed) {
+            return;
+        }
         self.clean();
         // While we hold the lock: nobody can have claimed it.
         if let Err(error) = unlinkat(&self.root, self.id.as_str(), AtFlags::REMOVEDIR) {
             tracing::warn!(path = %self.path.display(), %error, "remove the state directory");
         }
+    }
+}
+
+/// The container's directory, for looking at it; `None` if there is none.
+///
+/// # Errors
+/// [`StateError::Io`].
+pub fn look(root_path: &Path, id: &ContainerId) -> Result<Option<OwnedFd>, StateError> {
+    let path = root_path.join(id.as_str());
+    match rustix::fs::open(&path, DIRECTORY, Mode::empty()) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(e) => Err(io_error("open the state directory", &path, e)),
+    }
+}
+
+/// The IDs of all containers below a root, in order.
+///
+/// # Errors
+/// [`StateError::Io`].
+pub fn all(root_path: &Path) -> Result<Vec<ContainerId>, StateError> {
+    let error = |source| StateError::Io { step: "list", path: root_path.to_owned(), source };
+    let entries = match std::fs::read_dir(root_path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(error)?,
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(error)?.file_name();
+        ids.extend(name.to_str().and_then(|name| name.parse::<ContainerId>().ok()));
+    }
+    ids.sort();
+    Ok(ids)
+}
+
+fn io_error(step: &'static str, path: &Path, e: Errno) -> StateError {
+    StateError::Io { step, path: path.to_owned(), source: e.into() }
+}
+
+fn open_dir(root: &OwnedFd, id: &ContainerId, path: &Path) -> Result<Option<OwnedFd>, StateError> {
+    match openat(root, id.as_str(), DIRECTORY, Mode::empty()) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(e) => Err(io_error("open the state directory", path, e)),
+    }
+}
+
+/// Locks it; false if its last owner has removed it after we opened it: then the lock is on nothing.
+fn lock(root: &OwnedFd, id: &ContainerId, dir: &OwnedFd, path: &Path) -> Result<bool, StateError> {
+    match flock(dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(is_entry(root, id, dir)),
+        Err(Errno::AGAIN) => Err(StateError::InUse { id: id.clone() }),
+        Err(e) => Err(io_error("lock the state directory", path, e)),
     }
 }
 
@@ -197,7 +302,11 @@ mod tests {
         let root = root.path().join("made/on/demand");
         let first = ContainerDir::claim(&root, &id()).unwrap();
         assert!(matches!(ContainerDir::claim(&root, &id()), Err(StateError::InUse { .. })));
+        let other = first.reopen().unwrap();
         drop(first);
+        // Who has it open besides does not keep it.
+        drop(ContainerDir::claim(&root, &id()).unwrap());
+        drop(other);
         assert!(!root.join("c1").exists());
         ContainerDir::claim(&root, &id()).unwrap();
     }
@@ -219,6 +328,30 @@ mod tests {
         next.make_share_directory().unwrap();
         drop(next);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn kept_directory_is_in_use_until_it_is_taken_over() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(matches!(ContainerDir::take_over(root.path(), &id()), Err(StateError::Unknown { .. })));
+        let first = ContainerDir::claim(root.path(), &id()).unwrap();
+        let process = crate::host_process::HostProcess::current().unwrap();
+        let mut record = Record::creating(id(), process, String::new());
+        record.write(first.as_fd()).unwrap();
+        assert!(matches!(ContainerDir::take_over(root.path(), &id()), Err(StateError::InUse { .. })));
+        first.keep();
+        drop(first);
+        assert!(matches!(ContainerDir::claim(root.path(), &id()), Err(StateError::InUse { .. })));
+        assert_eq!(all(root.path()).unwrap(), [id()]);
+        drop(ContainerDir::take_over(root.path(), &id()).unwrap());
+        assert!(all(root.path()).unwrap().is_empty());
+
+        let foreground = ContainerDir::claim(root.path(), &id()).unwrap();
+        record.transient = true;
+        record.write(foreground.as_fd()).unwrap();
+        foreground.keep();
+        drop(foreground);
+        ContainerDir::claim(root.path(), &id()).unwrap();
     }
 
     #[test]

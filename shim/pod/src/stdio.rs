@@ -26,6 +26,7 @@ use kvrun_agent_api::{STREAM_PORT, TOKEN_LEN};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::vmm::{Vmm, VmmError};
@@ -71,26 +72,48 @@ pub struct Stdio {
     pub stderr: Option<OwnedFd>,
 }
 
+impl Stdio {
+    /// Which of them are there.
+    pub fn wanted(&self) -> Wanted {
+        Wanted { stdin: self.stdin.is_some(), stdout: self.stdout.is_some(), stderr: self.stderr.is_some() }
+    }
+}
+
+/// Which streams a process has; the others are `/dev/null`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wanted {
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output; all output of a terminal.
+    pub stdout: bool,
+    /// Standard error; none with a terminal.
+    pub stderr: bool,
+}
+
+/// The streams of a process, connected to the guest; those that are not wanted are not there.
+#[derive(Debug)]
+pub struct Streams(pub [Option<UnixStream>; 3]);
+
 /// Streams that have a token each but are not connected yet.
 #[derive(Debug)]
 pub(crate) struct Planned {
     tokens: [u64; 3],
-    fds: [Option<OwnedFd>; 3],
 }
 
 const NAMES: [&str; 3] = ["stdin", "stdout", "stderr"];
 
 impl Planned {
     /// Gives each stream a token.
-    pub(crate) fn new(stdio: Stdio) -> Result<Self, StdioError> {
-        let fds = [stdio.stdin, stdio.stdout, stdio.stderr];
+    pub(crate) fn new(wanted: Wanted) -> Result<Self, StdioError> {
         let mut tokens = [0; 3];
-        for ((token, fd), stream) in tokens.iter_mut().zip(&fds).zip(NAMES) {
-            if fd.is_some() {
+        let wanted = [wanted.stdin, wanted.stdout, wanted.stderr];
+        for ((token, wanted), stream) in tokens.iter_mut().zip(wanted).zip(NAMES) {
+            if wanted {
                 *token = random_token().map_err(|source| StdioError::Host { stream, source })?;
             }
         }
-        Ok(Self { tokens, fds })
+        Ok(Self { tokens })
     }
 
     /// The tokens as the agent is told them.
@@ -99,14 +122,14 @@ impl Planned {
         Tokens { stdin_token, stdout_token, stderr_token, ..Default::default() }
     }
 
-    /// Connects all streams, at the same time, and starts to copy.
-    pub(crate) async fn connect(self, vmm: &Vmm) -> Result<Copying, StdioError> {
+    /// Connects all streams, at the same time.
+    pub(crate) async fn connect(self, vmm: &Vmm) -> Result<Streams, StdioError> {
         let [stdin, stdout, stderr] = NAMES.map(|name| {
             let index = NAMES.iter().position(|n| *n == name).unwrap_or_default();
             connect(vmm, name, self.tokens[index])
         });
         let (stdin, stdout, stderr) = tokio::try_join!(stdin, stdout, stderr)?;
-        Copying::start(self.fds, [stdin, stdout, stderr])
+        Ok(Streams([stdin, stdout, stderr]))
     }
 }
 
@@ -143,12 +166,17 @@ pub struct Copying {
 }
 
 impl Copying {
-    fn start(fds: [Option<OwnedFd>; 3], streams: [Option<UnixStream>; 3]) -> Result<Self, StdioError> {
+    /// Starts to copy between the caller's descriptors and their streams.
+    ///
+    /// # Errors
+    /// [`StdioError::Host`].
+    pub fn start(stdio: Stdio, streams: Streams) -> Result<Self, StdioError> {
         let host = |stream, source: Errno| StdioError::Host { stream, source: source.into() };
         let ended =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| host("streams", e))?;
         let mut copying = Self { ended: Arc::new(ended), streams: Vec::new(), outputs: Vec::new() };
-        for ((fd, stream), name) in fds.into_iter().zip(streams).zip(NAMES) {
+        let fds = [stdio.stdin, stdio.stdout, stdio.stderr];
+        for ((fd, stream), name) in fds.into_iter().zip(streams.0).zip(NAMES) {
             if let (Some(fd), Some(stream)) = (fd, stream) {
                 copying
                     .add(name, File::from(fd), stream)
@@ -307,13 +335,15 @@ mod tests {
     fn output() -> (Copying, UnixStream, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
         let (ours, guest) = UnixStream::pair().unwrap();
-        let copying = Copying::start([None, Some(writer.into()), None], [None, Some(ours), None]).unwrap();
+        let stdio = Stdio { stdout: Some(writer.into()), ..Stdio::default() };
+        let copying = Copying::start(stdio, Streams([None, Some(ours), None])).unwrap();
         (copying, guest, reader)
     }
 
     fn input(from: OwnedFd) -> (Copying, UnixStream) {
         let (ours, guest) = UnixStream::pair().unwrap();
-        (Copying::start([Some(from), None, None], [Some(ours), None, None]).unwrap(), guest)
+        let stdio = Stdio { stdin: Some(from), ..Stdio::default() };
+        (Copying::start(stdio, Streams([Some(ours), None, None])).unwrap(), guest)
     }
 
     #[test]
@@ -379,8 +409,7 @@ mod tests {
 
     #[test]
     fn tokens_are_only_for_streams_that_are_there() {
-        let null = || Some(File::open("/dev/null").unwrap().into());
-        let planned = Planned::new(Stdio { stdin: None, stdout: null(), stderr: null() }).unwrap();
+        let planned = Planned::new(Wanted { stdin: false, stdout: true, stderr: true }).unwrap();
         let tokens = planned.tokens();
         assert_eq!(tokens.stdin_token, 0);
         assert_ne!(tokens.stdout_token, 0);

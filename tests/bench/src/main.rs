@@ -73,6 +73,7 @@ fn main() -> Result<()> {
     report.ratio("boot.cold.init_ms", "boot.qemu_microvm.init_ms");
     report.ratio("boot.cold.ready_ms", "boot.qemu_microvm.init_ms");
     report.ratio("run.true_ms", "run.crun_true_ms");
+    report.ratio("exec.true_ms", "exec.crun_true_ms");
     report.print();
     fs::write(&args.json, report.json()?).with_context(|| format!("cannot write {}", args.json.display()))
 }

@@ -61,8 +61,12 @@ pub(crate) fn running() -> Result<Vec<(i32, String)>> {
         if pid.unsigned_abs() == std::process::id() {
             continue;
         }
-        // It may end meanwhile.
-        if let Ok(name) = fs::read_to_string(format!("/proc/{pid}/comm")) {
+        // It may end meanwhile, and one that has ended may still wait for its parent.
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let ended = state.rsplit_once(')').is_none_or(|(_, rest)| rest.starts_with(" Z"));
+        if let Ok(name) = fs::read_to_string(format!("/proc/{pid}/comm"))
+            && !ended
+        {
             found.push((pid, name.trim_end().to_owned()));
         }
     }

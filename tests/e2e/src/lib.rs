@@ -7,6 +7,7 @@
 //! * [`bundle`] - OCI bundles with a busybox userland.
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
+//! * [`lifecycle`] - containers created and started by commands of their own.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
 //! * [`time`] - the one factor by which all bounds scale.
@@ -22,6 +23,7 @@ pub mod fixture;
 pub mod harness;
 pub mod isolation;
 pub mod leaks;
+pub mod lifecycle;
 pub mod process;
 pub mod terminal;
 pub mod time;
@@ -31,6 +33,7 @@ pub mod vsock_peer;
 pub use bundle::Bundle;
 pub use fixture::Test;
 pub use harness::{Case, main};
+pub use lifecycle::Left;
 pub use process::{Outcome, Running};
 pub use terminal::Terminal;
 

@@ -72,6 +72,14 @@ impl Captured {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until `text` was read.
+    ///
+    /// # Errors
+    /// When that does not happen in time.
+    pub fn until(&self, text: &str) -> Result<()> {
+        self.wait(Some(text), Instant::now() + time::scaled(time::RUN))
+    }
+
     /// What was read so far.
     pub fn bytes(&self) -> Vec<u8> {
         self.lock().bytes.clone()

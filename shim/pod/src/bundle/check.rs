@@ -88,7 +88,7 @@ fn version(version: &str) -> Result<(), Fault> {
     refuse(major != 1, "ociVersion", format!("{version:?} is not supported: kvrun supports 1.x.y"))
 }
 
-fn process_fields(process: &Process) -> Result<(), Fault> {
+pub(super) fn process_fields(process: &Process) -> Result<(), Fault> {
     let args = process.args().as_deref().unwrap_or_default();
     refuse(args.is_empty(), "process.args", "is missing or empty: it must say what to run")?;
     refuse(args[0].is_empty(), "process.args[0]", "is empty: it must name the program to run")?;
@@ -133,7 +133,7 @@ fn process_fields(process: &Process) -> Result<(), Fault> {
 
 fn hooks(spec: &Spec) -> Result<(), Fault> {
     let Some(hooks) = spec.hooks() else { return Ok(()) };
-    #[allow(deprecated, reason = "to be refused it must be looked at")]
+    #[allow(deprecated, reason = "deprecated in the specification, and in use")]
     let prestart = hooks.prestart();
     let all = [
         ("prestart", prestart),
@@ -144,17 +144,8 @@ fn hooks(spec: &Spec) -> Result<(), Fault> {
         ("poststop", hooks.poststop()),
     ];
     for (name, list) in all {
-        let in_guest = matches!(name, "createContainer" | "startContainer");
         for (index, hook) in list.iter().flatten().enumerate() {
             let (field, path) = (format!("hooks.{name}[{index}]"), hook.path());
-            refuse(
-                !in_guest,
-                format!("hooks.{name}"),
-                format!(
-                    "has the hook {}, but hooks on the host are not supported yet; remove it",
-                    path.display()
-                ),
-            )?;
             // config.md, "POSIX-platform Hooks".
             let problem = format!("{path:?} is not absolute: it must start with /");
             refuse(!path.is_absolute(), format!("{field}.path"), problem)?;
@@ -180,16 +171,6 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
         let problem =
             format!("has {name:?}, which does not belong to a namespace of the container; remove it");
         refuse(!known, "linux.sysctl", problem)?;
-    }
-    if let Some(path) = linux.cgroups_path().as_deref().filter(|p| !p.as_os_str().is_empty()) {
-        crate::cgroup::relative(path).map_err(|e| {
-            // The field is in the message already.
-            let message = e.to_string();
-            Fault::new(
-                "linux.cgroupsPath",
-                message.strip_prefix("linux.cgroupsPath ").unwrap_or(&message).to_owned(),
-            )
-        })?;
     }
     if let Some(seccomp) = linux.seccomp() {
         let notifies = seccomp.default_action() == LinuxSeccompAction::ScmpActNotify

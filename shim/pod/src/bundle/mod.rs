@@ -13,6 +13,7 @@ mod mounts;
 mod namespaces;
 mod process;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,7 +23,8 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 
 pub use mounts::{Bind, IdMap};
 pub use namespaces::Siblings;
-pub use oci_spec::runtime::Spec;
+use oci_spec::runtime::Hooks;
+pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
 
 /// The largest `config.json` in bytes: ten times what engines write, seccomp profile included, and small enough for one message
 /// to the agent.
@@ -191,13 +193,40 @@ impl Bundle {
 
     /// Whether the process has a terminal.
     pub fn has_terminal(&self) -> bool {
-        self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal).unwrap_or(false)
+        self.spec.process().as_ref().and_then(Process::terminal).unwrap_or(false)
     }
 
     /// Its memory limit in bytes, if it has one.
     pub fn memory_limit(&self) -> Option<u64> {
         let resources = self.spec.linux().as_ref()?.resources().as_ref()?;
         u64::try_from(resources.memory().as_ref()?.limit()?).ok().filter(|limit| *limit > 0)
+    }
+
+    /// Its hooks of one kind.
+    fn hooks_of(&self, kind: impl FnOnce(&Hooks) -> &Option<Vec<Hook>>) -> Vec<Hook> {
+        self.spec.hooks().as_ref().and_then(|hooks| kind(hooks).clone()).unwrap_or_default()
+    }
+
+    /// The hooks that run on the host before the container's own program may, with their kinds, in their order.
+    pub fn creation_hooks(&self) -> [(&'static str, Vec<Hook>); 2] {
+        #[allow(deprecated, reason = "deprecated in the specification, and in use")]
+        let prestart = self.hooks_of(Hooks::prestart);
+        [("prestart", prestart), ("createRuntime", self.hooks_of(Hooks::create_runtime))]
+    }
+
+    /// `hooks.poststart`.
+    pub fn poststart_hooks(&self) -> Vec<Hook> {
+        self.hooks_of(Hooks::poststart)
+    }
+
+    /// `hooks.poststop`.
+    pub fn poststop_hooks(&self) -> Vec<Hook> {
+        self.hooks_of(Hooks::poststop)
+    }
+
+    /// `annotations`.
+    pub fn annotations(&self) -> BTreeMap<String, String> {
+        self.spec.annotations().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
     }
 
     /// `linux.cgroupsPath`.
@@ -212,6 +241,14 @@ impl Bundle {
             process.set_console_size(Some(size));
         }
     }
+}
+
+/// Checks the `process` of a config, or one for a further process in a container.
+///
+/// # Errors
+/// Which field is at fault, and how.
+pub fn check_process(process: &Process) -> Result<(), Fault> {
+    check::process_fields(process)
 }
 
 fn read(config: &Path, file: File) -> Result<Vec<u8>, BundleError> {

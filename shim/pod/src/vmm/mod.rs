@@ -12,7 +12,7 @@ mod process;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,11 +23,12 @@ use kvrun_vmm_api::{
     ToVmm, VmConfig, VmMetrics, VmState,
 };
 use rustix::io::Errno;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
+
+use crate::channel::AsyncChannel;
+use crate::host_process::HostProcess;
 
 pub use end::{Death, VmEnd};
 
@@ -94,7 +95,7 @@ pub struct Vmm {
 /// The control socket, shared between the requesters and the task that reads it.
 #[derive(Debug)]
 struct Control {
-    socket: AsyncFd<Socket>,
+    socket: AsyncChannel,
     waiting: Mutex<Waiting>,
 }
 
@@ -106,16 +107,6 @@ struct Waiting {
     closed: bool,
     /// Why we have killed the VMM, if we have.
     killed: Option<&'static str>,
-}
-
-/// What tokio watches; it wants the descriptor as a number.
-#[derive(Debug)]
-struct Socket(Channel);
-
-impl AsRawFd for Socket {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
 }
 
 /// A connection that the guest will make to a host port; see [`VmConfig::vsock_listen`].
@@ -182,7 +173,7 @@ impl Vmm {
         let (id, reply) = self.register();
         let message = ToVmm { id, request: Request::Boot(config) };
         // The first message on the socket: its queue is empty, so this does not block.
-        self.control.socket.get_ref().0.send(&message, &[kvm, kernel, initramfs])?;
+        self.control.socket.send_now(&message, &[kvm, kernel, initramfs])?;
         Ok(Booting { reply, vmm: self.clone() })
     }
 
@@ -321,6 +312,14 @@ impl Vmm {
         }
     }
 
+    /// Its process, to be found again by others.
+    ///
+    /// # Errors
+    /// It has ended, or `/proc` is not mounted.
+    pub fn process(&self) -> io::Result<HostProcess> {
+        self.process.host_process()
+    }
+
     /// Why the VMM has ended, if it has.
     pub fn try_ended(&self) -> Option<Arc<VmEnd>> {
         self.ended.borrow().clone()
@@ -366,7 +365,7 @@ impl Vmm {
     ) -> Result<Reply, VmmError> {
         let (id, reply) = self.register();
         let exchange = async {
-            match self.control.send(&ToVmm { id, request }, fds).await {
+            match self.control.socket.send(&ToVmm { id, request }, fds).await {
                 Ok(()) => {}
                 // It has ended, and says why elsewhere.
                 Err(ChannelError::Socket(Errno::PIPE | Errno::CONNRESET)) => {
@@ -427,21 +426,13 @@ enum Closed {
 
 impl Control {
     fn new(channel: Channel) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(channel.as_fd(), true)?;
-        // SAFETY: the socket owns its descriptor, the same one for as long as it lives, and it lives in here.
-        let socket = unsafe { AsyncFd::register(Socket(channel)) }.map_err(io::Error::from)?;
+        let socket = AsyncChannel::new(channel)?;
         Ok(Self { socket, waiting: Mutex::default() })
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         // Nothing that holds the lock panics half-way.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn send(&self, message: &ToVmm, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
-        let sent =
-            self.socket.async_io(Interest::WRITABLE, |socket| would_block(socket.0.send(message, fds)));
-        sent.await.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?
     }
 
     /// Reads replies and events until the VMM closes its end.
@@ -457,12 +448,10 @@ impl Control {
     async fn receive_all(&self) -> Closed {
         let mut exited = None;
         loop {
-            let received =
-                self.socket.async_io(Interest::READABLE, |s| would_block(s.0.receive::<FromVmm>())).await;
-            let received = match received {
-                Ok(Ok(Some(received))) => received,
-                Ok(Ok(None) | Err(ChannelError::Socket(_))) | Err(_) => return Closed::ByPeer(exited),
-                Ok(Err(_)) => return Closed::Violation("the VMM sent a malformed message"),
+            let received = match self.socket.receive::<FromVmm>().await {
+                Ok(Some(received)) => received,
+                Ok(None) | Err(ChannelError::Socket(_)) => return Closed::ByPeer(exited),
+                Err(_) => return Closed::Violation("the VMM sent a malformed message"),
             };
             let mut fds = received.fds.into_iter();
             match received.message {
@@ -485,14 +474,6 @@ impl Control {
                 }
             }
         }
-    }
-}
-
-/// Turns "try again" of the control socket into the error by which tokio knows it.
-fn would_block<T>(result: Result<T, ChannelError>) -> io::Result<Result<T, ChannelError>> {
-    match result {
-        Err(ChannelError::Socket(Errno::AGAIN)) => Err(io::ErrorKind::WouldBlock.into()),
-        other => Ok(other),
     }
 }
 

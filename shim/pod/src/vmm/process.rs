@@ -15,6 +15,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 
+use crate::host_process::HostProcess;
 use crate::sys;
 
 /// The stack of the thread that starts a child, in bytes.
@@ -116,6 +117,14 @@ pub(super) struct Guard {
 impl Guard {
     pub(super) fn new(child: &Child) -> io::Result<Self> {
         Ok(Self { pidfd: child.pidfd.try_clone()? })
+    }
+
+    /// The process, as others find it.
+    pub(super) fn host_process(&self) -> io::Result<HostProcess> {
+        // pidfd_open(2): the number in the PID namespace of this /proc is in the descriptor's fdinfo.
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd()))?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+        HostProcess::of(pid.ok_or(io::ErrorKind::InvalidData)?)
     }
 
     /// Another descriptor for the process.

@@ -6,11 +6,16 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod exec;
 mod exit;
 mod faults;
 mod files;
+mod hooks;
+mod inspect;
 mod installation;
+mod lifecycle;
 mod parallel;
+mod pods;
 mod process;
 mod resources;
 mod signals;
@@ -48,6 +53,11 @@ fn main() -> ExitCode {
         spec::resources::CASES,
         spec::hooks::CASES,
         spec::refused::CASES,
+        lifecycle::CASES,
+        exec::CASES,
+        inspect::CASES,
+        hooks::CASES,
+        pods::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)

@@ -1,0 +1,116 @@
+//! A machine for a container: what is set up for it, in the order in which it must be, and undone in reverse.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kvrun_pod::assets::Assets;
+use kvrun_pod::bundle::Bundle;
+use kvrun_pod::cgroup::HostCgroup;
+use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::pod::{self, Pod, Starting};
+use kvrun_pod::process::Process;
+use kvrun_pod::record::Record;
+use kvrun_pod::share::{MountNamespace, Share};
+use kvrun_pod::size::VmSize;
+use kvrun_pod::state_dir::ContainerDir;
+use kvrun_pod::stdio::{Streams, Wanted};
+
+use crate::cli::Global;
+use crate::error::{Error, host};
+use crate::log;
+use crate::monitor::{Container, Monitor, describe, run_creation_hooks};
+
+/// What a container has on the host before its machine runs. Dropping it undoes it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    // In the order in which it is undone.
+    share: Arc<Share>,
+    _cgroup: Option<HostCgroup>,
+    dir: ContainerDir,
+    assets: Assets,
+    size: VmSize,
+    record: Record,
+}
+
+impl Prepared {
+    /// Sets it up for a bundle. A container that is `transient` belongs to this process.
+    pub(crate) fn new(
+        global: &Global,
+        namespace: &MountNamespace,
+        id: &ContainerId,
+        bundle: &Bundle,
+        transient: bool,
+    ) -> Result<Self, Error> {
+        let size = VmSize::for_spec(bundle.spec())?;
+        let assets = Assets::open(&global.explicit())?;
+        let (dir, record) = claim(&global.root, id, |record| {
+            record.transient = transient;
+            describe(record, bundle)
+        })?;
+        let cgroup = match (global.cgroup_driver(), bundle.cgroups_path()) {
+            (Some(driver), Some(path)) => Some(HostCgroup::join(path, driver, &dir)?),
+            _ => None,
+        };
+        let share = Arc::new(Share::mount(namespace, &dir.make_share_directory()?)?);
+        Ok(Self { share, _cgroup: cgroup, dir, assets, size, record })
+    }
+
+    /// Its state directory.
+    pub(crate) fn dir(&self) -> &ContainerDir {
+        &self.dir
+    }
+
+    /// Its record as it is being created.
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Boots the machine and creates the container in it, up to but not including its process. Must be called in a tokio runtime.
+    pub(crate) async fn create(
+        &mut self,
+        bundle: &Bundle,
+        wanted: Wanted,
+    ) -> Result<(Pod, Process, Streams), Error> {
+        let starting = Starting::spawn(&self.assets, pod::machine(self.size), self.share.directory())?;
+        // If this process is killed, somebody else may have to end the VMM. One that has ended already is reported below.
+        self.record.vmm = starting.vmm().process().ok();
+        self.record.write(self.dir.as_fd()).map_err(host("write the container's record"))?;
+        // While the guest boots.
+        // Its place in the share is there for as long as the machine.
+        let (spec, _) = self.share.add(bundle)?;
+        let pod = starting.ready().await?;
+        run_creation_hooks(bundle, &self.record).await?;
+        let (process, streams) =
+            pod.create_process(&self.record.id, &self.record.bundle, &spec, wanted).await?;
+        Ok((pod, process, streams))
+    }
+
+    /// Serves the machine and its first container to the command line.
+    pub(crate) fn serve(
+        &self,
+        pod: &Pod,
+        process: Process,
+        bundle: Bundle,
+    ) -> Result<(Arc<Monitor>, Arc<Container>), Error> {
+        let dir = self.dir.reopen()?;
+        let container = Container::new(process, bundle, dir, self.record.clone(), None)?;
+        let monitor = Monitor::new(pod.clone(), self.size, Arc::clone(&self.share), &container);
+        monitor.serve(self.dir.as_fd())?;
+        Ok((monitor, container))
+    }
+}
+
+/// Makes an ID ours, with a record that says so.
+pub(crate) fn claim(
+    root: &Path,
+    id: &ContainerId,
+    describe: impl FnOnce(&mut Record) -> Result<(), Error>,
+) -> Result<(ContainerDir, Record), Error> {
+    let dir = ContainerDir::claim(root, id)?;
+    let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
+    let mut record = Record::creating(id.clone(), process, log::now());
+    describe(&mut record)?;
+    record.write(dir.as_fd()).map_err(host("write the container's record"))?;
+    Ok((dir, record))
+}

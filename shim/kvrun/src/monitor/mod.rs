@@ -1,0 +1,436 @@
+//! The monitor: the process that has a machine, and serves the containers in it to the command line.
+//!
+//! * [`protocol`] - what is said.
+//! * [`client`] - the command line's end of it.
+//! * [`server`] - the monitor's end: takes connections, checks who asks, answers.
+//! * [`exec`] - what a further process is to be.
+//! * Here - the containers of the machine, and what can be done with each.
+//!
+//! The first container is the machine's: when it ends, so do the machine and this process. Others join it in [`Monitor::create`] and are
+//! there as long as the connection that made them. They are gone from the machine by the time their end is told.
+
+pub(crate) mod client;
+pub(crate) mod exec;
+pub(crate) mod protocol;
+mod server;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvrun_pod::bundle::{Bundle, LinuxMemory, LinuxResources, Process as OciProcess};
+use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::hooks;
+use kvrun_pod::pod::Pod;
+use kvrun_pod::process::Process;
+use kvrun_pod::record::{Record, Status};
+use kvrun_pod::share::{Place, Share};
+use kvrun_pod::size::VmSize;
+use kvrun_pod::state_dir::{SOCKET, StateError};
+use kvrun_pod::stdio::{Streams, Wanted};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use tokio::sync::{Notify, Semaphore};
+
+use self::exec::Program;
+use self::protocol::ProcessRow;
+use crate::attach::End;
+use crate::error::{Error, host};
+
+/// How many further processes are made at the same time; the others wait, for as long as it takes. More would only share the time of the guest's CPUs, until
+/// each takes longer than a guest may that does not hang. (The agent keeps 64 streams that nobody has asked for yet, of which each has up
+/// to 3: `MAX_UNCLAIMED` in agent/src/streams.rs.)
+const MAKING: usize = 4;
+/// Connections that wait to be taken.
+const BACKLOG: i32 = 128;
+
+/// The containers of a machine.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    pod: Pod,
+    /// Of the machine, in bytes.
+    memory: u64,
+    share: Arc<Share>,
+    containers: Mutex<HashMap<ContainerId, Arc<Container>>>,
+    execs: AtomicU64,
+    /// Further processes that may be made at the same time.
+    making: Semaphore,
+    leave: Notify,
+}
+
+/// A container in the machine.
+#[derive(Debug)]
+pub(crate) struct Container {
+    process: Process,
+    bundle: Bundle,
+    /// Its state directory.
+    dir: OwnedFd,
+    /// Where its files are, if it is not the first.
+    place: Option<Place>,
+    record: Mutex<Record>,
+    /// Held while it goes from one state to another.
+    changing: tokio::sync::Mutex<()>,
+    /// The processes on the host that stand for further processes in it.
+    execs: Mutex<Vec<i32>>,
+    /// Whether it is gone from the machine; held while it goes.
+    removed: tokio::sync::Mutex<bool>,
+}
+
+impl Container {
+    /// One that has just been created.
+    pub(crate) fn new(
+        process: Process,
+        bundle: Bundle,
+        dir: OwnedFd,
+        record: Record,
+        place: Option<Place>,
+    ) -> Result<Arc<Self>, Error> {
+        let container = Self {
+            process,
+            bundle,
+            dir,
+            place,
+            record: Mutex::new(record),
+            changing: tokio::sync::Mutex::default(),
+            execs: Mutex::default(),
+            removed: tokio::sync::Mutex::default(),
+        };
+        container.set(Status::Created)?;
+        Ok(Arc::new(container))
+    }
+
+    /// Its process.
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Its bundle.
+    pub(crate) fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn status(&self) -> Status {
+        self.record().last
+    }
+
+    /// Writes down its state, unless it has stopped, which is for good.
+    pub(crate) fn set(&self, status: Status) -> Result<(), Error> {
+        let mut record = self.record();
+        if record.last == Status::Stopped {
+            return Ok(());
+        }
+        record.last = status;
+        record.write(self.dir.as_fd()).map_err(host("write the container's record"))
+    }
+
+    fn stopped(&self) {
+        if let Err(error) = self.set(Status::Stopped) {
+            // Whoever reads the record sees that this process has ended, a moment later.
+            tracing::warn!(error = %kvrun_pod::text::chain(&error), "write down the end of the container");
+        }
+    }
+
+    fn wrong_state(&self, what: &'static str) -> Error {
+        let record = self.record();
+        Error::WrongState { what, id: record.id.clone(), status: record.last }
+    }
+}
+
+impl Monitor {
+    /// Serves a machine with its first container.
+    pub(crate) fn new(pod: Pod, size: VmSize, share: Arc<Share>, first: &Arc<Container>) -> Arc<Self> {
+        let id = first.record().id.clone();
+        Arc::new(Self {
+            pod,
+            memory: u64::from(size.memory_mib) << 20,
+            share,
+            containers: Mutex::new(HashMap::from([(id, Arc::clone(first))])),
+            execs: AtomicU64::new(0),
+            making: Semaphore::new(MAKING),
+            leave: Notify::new(),
+        })
+    }
+
+    /// Takes connections at a container's state directory, in tasks of the current runtime.
+    pub(crate) fn serve(self: &Arc<Self>, dir: impl AsFd) -> Result<(), Error> {
+        let error = host("listen for commands");
+        let socket = listener(dir).and_then(kvrun_pod::channel::ChannelListener::new).map_err(error)?;
+        tokio::spawn(server::serve(Arc::clone(self), socket));
+        Ok(())
+    }
+
+    /// Completes when the first container is to be deleted.
+    pub(crate) async fn leave(&self) {
+        self.leave.notified().await;
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<ContainerId, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, id: &ContainerId) -> Result<Arc<Container>, Error> {
+        let found = self.containers().get(id).cloned();
+        found.ok_or_else(|| StateError::Unknown { id: id.clone() }.into())
+    }
+
+    /// Runs the process of a created container.
+    pub(crate) async fn start(&self, container: &Container) -> Result<(), Error> {
+        let _changing = container.changing.lock().await;
+        if container.status() != Status::Created {
+            return Err(container.wrong_state("start"));
+        }
+        // First, because the program may be seen to run before we hear of it. If it cannot run, its process ends.
+        container.set(Status::Running)?;
+        container.process.start().await?;
+        let hooks = container.bundle.poststart_hooks();
+        let document = state(&container.record(), Status::Running);
+        if let Err(error) = hooks::run("poststart", &hooks, &document).await {
+            // runtime.md, "Lifecycle", step 9.
+            let _ = container.process.kill(libc_sigkill(), true).await;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    async fn kill(&self, container: &Container, signal: i32, all: bool) -> Result<(), Error> {
+        match (container.status(), all) {
+            (Status::Stopped, true) => Ok(()),
+            (Status::Stopped, false) => {
+                Err(Error::NotRunning { id: container.record().id.clone(), status: Status::Stopped })
+            }
+            _ => Ok(container.process.kill(signal, all).await?),
+        }
+    }
+
+    /// Has the first container, and with it the machine, begin to end; takes any other away.
+    async fn delete(&self, container: &Container) {
+        if container.place.is_some() {
+            return self.remove(container).await;
+        }
+        if container.status() != Status::Stopped
+            && let Err(error) = container.process.kill(libc_sigkill(), true).await
+        {
+            tracing::debug!(%error, "kill a container that is to be deleted");
+        }
+        self.leave.notify_one();
+    }
+
+    async fn pause(&self, container: &Container) -> Result<(), Error> {
+        let _changing = container.changing.lock().await;
+        if container.status() != Status::Running {
+            return Err(container.wrong_state("pause"));
+        }
+        let id = container.record().id.clone();
+        self.pod.or_death(self.pod.agent().pause(&id)).await?;
+        container.set(Status::Paused)
+    }
+
+    async fn resume(&self, container: &Container) -> Result<(), Error> {
+        let _changing = container.changing.lock().await;
+        if container.status() != Status::Paused {
+            return Err(container.wrong_state("resume"));
+        }
+        let id = container.record().id.clone();
+        self.pod.or_death(self.pod.agent().resume(&id)).await?;
+        container.set(Status::Running)
+    }
+
+    /// Runs a further process in a container, for the process `peer` of the host.
+    async fn exec(
+        &self,
+        container: &Container,
+        program: Program,
+        ignore_paused: bool,
+        wanted: Wanted,
+    ) -> Result<(Process, Streams), Error> {
+        match container.status() {
+            Status::Created | Status::Running => {}
+            Status::Paused if ignore_paused => {}
+            Status::Stopped => {
+                return Err(Error::NotRunning { id: container.record().id.clone(), status: Status::Stopped });
+            }
+            _ => return Err(container.wrong_state("run a process in")),
+        }
+        let base: &OciProcess =
+            container.bundle.spec().process().as_ref().ok_or_else(|| container.wrong_state("find"))?;
+        let process = program.resolve(base)?;
+        // It is never closed.
+        let _making = self.making.acquire().await;
+        let exec_id = self.execs.fetch_add(1, Ordering::Relaxed).to_string();
+        let id = container.record().id.clone();
+        Ok(self.pod.exec(&id, exec_id, &process, wanted).await?)
+    }
+
+    async fn processes(&self, container: &Container) -> Result<Vec<ProcessRow>, Error> {
+        let id = running(container)?;
+        let response = self.pod.or_death(self.pod.agent().processes(&id)).await?;
+        let rows = response.processes.into_iter().map(|process| ProcessRow {
+            pid: process.pid,
+            parent_pid: process.parent_pid,
+            uid: process.uid,
+            started_s: process.started_s,
+            cpu_ms: process.cpu_ms,
+            terminal: kvrun_pod::text::one_line(&process.terminal, 32),
+            command: kvrun_pod::text::one_line(&process.command, 4096),
+        });
+        Ok(rows.collect())
+    }
+
+    fn host_processes(container: &Container) -> Result<Vec<i32>, Error> {
+        running(container)?;
+        let mut all = vec![container.record().process.pid];
+        all.extend(&*container.execs.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(all)
+    }
+
+    async fn stats(&self, container: &Container) -> Result<HashMap<String, u64>, Error> {
+        let id = running(container)?;
+        Ok(self.pod.or_death(self.pod.agent().stats(&id)).await?.counters)
+    }
+
+    async fn update(&self, container: &Container, resources: &LinuxResources) -> Result<(), Error> {
+        let id = running(container)?;
+        // A limit that the machine cannot reach would be a promise that its own OOM killer breaks.
+        let limit = resources.memory().as_ref().and_then(LinuxMemory::limit);
+        if let Some(limit) =
+            limit.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > self.memory)
+        {
+            let memory = self.memory;
+            return Err(Error::Option(format!(
+                "linux.resources.memory.limit {limit} is more than the {memory} bytes of the container's machine, which do not grow: create the container with a higher limit"
+            )));
+        }
+        let json = serde_json::to_vec(resources).map_err(host("write the resources"))?;
+        Ok(self.pod.or_death(self.pod.agent().update(&id, json)).await?)
+    }
+
+    /// Creates a further container in the machine. `dir` is its state directory, in which there is a record already.
+    async fn create(
+        &self,
+        bundle: &Path,
+        dir: OwnedFd,
+        wanted: Wanted,
+    ) -> Result<(Arc<Container>, Streams), Error> {
+        let missing = || io::Error::from(io::ErrorKind::InvalidData);
+        let record = Record::read(dir.as_fd()).and_then(|record| record.ok_or_else(missing));
+        let mut record = record.map_err(host("read the container's record"))?;
+        // Namespaces of the containers of this machine may be joined, and no others.
+        let sibling = |pid| {
+            let containers = self.containers();
+            let mut all = containers.values().map(|container| container.record());
+            all.find(|record| record.process.pid == pid).map(|record| record.id.clone())
+        };
+        let bundle = Bundle::load_beside(bundle, &sibling)?;
+        describe(&mut record, &bundle)?;
+        let id = record.id.clone();
+        // The ID is the caller's now, so one that has it still is about to go.
+        let earlier = self.containers().get(&id).cloned();
+        if let Some(earlier) = earlier {
+            self.remove(&earlier).await;
+        }
+        let (spec, place) = self.share.add(&bundle)?;
+        let created = async {
+            run_creation_hooks(&bundle, &record).await?;
+            Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
+        };
+        let (process, streams) = match created.await {
+            Ok(created) => created,
+            Err(error) => {
+                self.take_from_share(&place, &bundle).await;
+                return Err(error);
+            }
+        };
+        let container = Container::new(process, bundle, dir, record, Some(place))?;
+        self.containers().insert(id, Arc::clone(&container));
+        Ok((container, streams))
+    }
+
+    /// Takes a further container away, with whatever is left of it. May be called again, also while it is being taken away, or after that was given up.
+    async fn remove(&self, container: &Container) {
+        let mut removed = container.removed.lock().await;
+        let Some(place) = container.place.as_ref().filter(|_| !*removed) else { return };
+        container.process.delete().await;
+        self.take_from_share(place, &container.bundle).await;
+        self.containers().remove(&container.record().id);
+        *removed = true;
+    }
+
+    /// Takes files away that no process of the guest uses any more.
+    async fn take_from_share(&self, place: &Place, bundle: &Bundle) {
+        self.share.remove(place, bundle);
+        // Else what the guest remembers of them keeps them open here, and their file systems with them.
+        let path = place.in_guest();
+        if let Err(error) = self.pod.or_death(self.pod.agent().forget_directory(&path)).await {
+            tracing::debug!(%error, "have the guest forget a container's files");
+        }
+    }
+
+    /// Waits for the end of the process of a further container, writes it down, and takes the container away.
+    async fn until_removed(&self, container: &Container) -> End {
+        let end = until_end(container).await;
+        self.remove(container).await;
+        end
+    }
+}
+
+/// A container that has not stopped: its ID.
+fn running(container: &Container) -> Result<ContainerId, Error> {
+    let record = container.record();
+    match record.last {
+        Status::Stopped => Err(Error::NotRunning { id: record.id.clone(), status: Status::Stopped }),
+        _ => Ok(record.id.clone()),
+    }
+}
+
+fn libc_sigkill() -> i32 {
+    nix::sys::signal::Signal::SIGKILL as i32
+}
+
+/// The state document, as hooks read it.
+pub(crate) fn state(record: &Record, status: Status) -> Vec<u8> {
+    // A structure of strings and numbers: this does not fail.
+    serde_json::to_vec(&record.state(status)).unwrap_or_default()
+}
+
+/// Fills a record with what a bundle says.
+pub(crate) fn describe(record: &mut Record, bundle: &Bundle) -> Result<(), Error> {
+    let absolute = |path: &Path| -> Result<PathBuf, Error> {
+        path.canonicalize().map_err(host("resolve the bundle's path"))
+    };
+    record.bundle = absolute(bundle.path())?;
+    record.rootfs = absolute(bundle.rootfs_path())?;
+    record.annotations = bundle.annotations();
+    record.poststop = bundle.poststop_hooks();
+    Ok(())
+}
+
+/// Runs the hooks that come before the container's program.
+pub(crate) async fn run_creation_hooks(bundle: &Bundle, record: &Record) -> Result<(), Error> {
+    for (kind, hooks) in bundle.creation_hooks() {
+        hooks::run(kind, &hooks, &state(record, Status::Creating)).await?;
+    }
+    Ok(())
+}
+
+/// Waits for the end of a container's process and writes it down.
+pub(crate) async fn until_end(container: &Container) -> End {
+    use crate::attach::Attended;
+    let end = Attended::wait(&container.process).await;
+    container.stopped();
+    end
+}
+
+fn listener(dir: impl AsFd) -> io::Result<OwnedFd> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    // The path of a socket has at most 108 bytes; this one is short for every directory.
+    let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_fd().as_raw_fd());
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
