@@ -186,7 +186,7 @@ fn exec(
                 drop(ours);
                 let gate = Gate { helper: theirs, reporter: reporter.clone() };
                 let entered = init::Entered { cgroup: cgroup_namespace, user: in_user_namespace };
-                end(init::run_process(&spec, &process, seccomp, entered, &gate), reporter)
+                end(init::run_process(&spec, &process, seccomp, &entered, &gate), reporter)
             }
             Ok(Cloned::Parent(pid)) => {
                 drop(theirs);

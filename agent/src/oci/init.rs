@@ -161,7 +161,7 @@ pub fn run_process(
     spec: &Spec,
     process: &Process,
     seccomp: Option<ScmpFilterContext>,
-    entered: Entered,
+    entered: &Entered,
     gate: &Gate,
 ) -> Result<Infallible, SetupError> {
     gate.wait_for_helper()?;

@@ -23,6 +23,11 @@ pub const PROTOCOL: &str = "kvrun.agent.v1";
 /// How long the agent may take over a request. Creating a container takes tens of milliseconds on hardware and a second
 /// in an emulated machine; this is for a guest that hangs.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the agent may take to create a process: longer than it gives itself (60 s, and 10 s for the streams), so that it is the agent that gives up, and leaves
+/// nothing behind.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long the agent may take to start a container: longer than hooks run on the host ([`crate::hooks`]), because some run there.
+const START_TIMEOUT: Duration = Duration::from_secs(610);
 /// How long the agent may take to shut the guest down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the agent may take to forget a directory, which nobody waits for but the host's memory.
@@ -210,7 +215,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.create_container(Context::default(), &request);
-        bounded("create the container", REQUEST_TIMEOUT, call).await.map(drop)
+        bounded("create the container", CREATE_TIMEOUT, call).await.map(drop)
     }
 
     /// Runs the container's process.
@@ -220,7 +225,7 @@ impl Agent {
     pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
         let request = container(id);
         let call = self.client.start_container(Context::default(), &request);
-        bounded("start the container", REQUEST_TIMEOUT, call).await.map(drop)
+        bounded("start the container", START_TIMEOUT, call).await.map(drop)
     }
 
     /// Runs a further process in a running container; `process_json` is an OCI `process`.
@@ -242,7 +247,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.exec_process(Context::default(), &request);
-        bounded("run the process", REQUEST_TIMEOUT, call).await.map(drop)
+        bounded("run the process", CREATE_TIMEOUT, call).await.map(drop)
     }
 
     /// Holds all processes of a container.

@@ -36,12 +36,11 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
     let process = container.record.process.alive();
     // The process may hand output over that nobody takes, or serve a container that is to be killed; and a machine of others may have the container
     // still when its process was killed.
-    if process.is_some() || container.record.sandbox.is_some() {
-        if let Err(error) =
+    if (process.is_some() || container.record.sandbox.is_some())
+        && let Err(error) =
             container.connect(&global.root, ANSWER).and_then(|connection| connection.tell(Request::Delete))
-        {
-            tracing::debug!(%error, "tell the monitor that its container is deleted");
-        }
+    {
+        tracing::debug!(%error, "tell the monitor that its container is deleted");
     }
     if let Some(process) = process {
         process.ends_within(END);
