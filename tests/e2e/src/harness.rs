@@ -68,14 +68,15 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
         }
         skip = Some(format!("{reason:#}"));
     }
-    let trials = cases.enumerate().filter(|(index, _)| index % part.of == part.number).map(|(index, case)| {
-        let skip = skip.clone();
-        let id = format!("e2e-{}-{index}", std::process::id());
-        Trial::ignorable_test(case.short_name(), move || match skip {
-            Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => spawn(case, &id).map(|()| Completion::Completed),
-        })
-    });
+    let trials =
+        cases.enumerate().filter(|(index, _)| index % part.of == part.number).map(|(index, case)| {
+            let skip = skip.clone();
+            let id = format!("e2e-{}-{index}", std::process::id());
+            Trial::ignorable_test(case.short_name(), move || match skip {
+                Some(reason) => Ok(Completion::ignored_with(reason)),
+                None => spawn(case, &id).map(|()| Completion::Completed),
+            })
+        });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 

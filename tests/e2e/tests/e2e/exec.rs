@@ -206,7 +206,8 @@ fn detached_process_is_stood_for(t: &Test) -> Result<()> {
     let pids: Vec<i32> = serde_json::from_slice(&t.invoke(&["ps", "--format", "json", t.id()])?.stdout)?;
     ensure!(pids == [left.pid(), exec.pid()], "{pids:?}");
     gone(t, &left)?;
-    ensure!(exec.end()? == 137, "another end");
+    // Killed, as the guest tells it, or because its machine is gone before it can.
+    ensure!(matches!(exec.end()?, 137 | 1009), "another end");
     Ok(())
 }
 
