@@ -13,7 +13,7 @@ pub(crate) const CASES: &[Case] = cases![
     hook_that_hangs_is_killed,
 ];
 
-fn with_hook(bundle: Bundle, kind: &str, script: &str, extra: Value) -> Result<Bundle> {
+fn with_hook(bundle: Bundle, kind: &str, script: &str, extra: &Value) -> Result<Bundle> {
     let name = format!("hook-{kind}");
     let path = bundle.rootfs().join(&name);
     fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
@@ -31,8 +31,8 @@ fn with_hook(bundle: Bundle, kind: &str, script: &str, extra: Value) -> Result<B
 fn hooks_run_in_the_container_before_its_program(t: &Test) -> Result<()> {
     let script = "cat /tmp/create /tmp/start";
     let write = |file: &str| format!("{{ echo $1 $2 $KIND $(hostname); cat; echo; }} > /tmp/{file}");
-    let bundle = with_hook(t.script(script)?, "createContainer", &write("create"), json!({}))?;
-    let bundle = with_hook(bundle, "startContainer", &write("start"), json!({"timeout": 100}))?;
+    let bundle = with_hook(t.script(script)?, "createContainer", &write("create"), &json!({}))?;
+    let bundle = with_hook(bundle, "startContainer", &write("start"), &json!({"timeout": 100}))?;
     let text = t.run(&bundle)?.exited(0).stderr("").text();
     let lines: Vec<&str> = text.lines().collect();
     ensure!(lines.len() == 4 && lines[0] == "one two test kvrun" && lines[2] == lines[0], "{text}");
@@ -51,7 +51,7 @@ fn hooks_run_in_the_container_before_its_program(t: &Test) -> Result<()> {
 
 fn hook_that_fails_ends_the_container(t: &Test) -> Result<()> {
     for kind in ["createContainer", "startContainer"] {
-        let bundle = with_hook(t.script("echo not reached")?, kind, "echo no luck >&2; exit 7", json!({}))?;
+        let bundle = with_hook(t.script("echo not reached")?, kind, "echo no luck >&2; exit 7", &json!({}))?;
         t.run(&bundle)?.failed().stdout("").error(&[&format!("hooks.{kind}[0]"), "exit code 7", "no luck"]);
     }
     Ok(())
@@ -59,7 +59,7 @@ fn hook_that_fails_ends_the_container(t: &Test) -> Result<()> {
 
 fn hook_that_hangs_is_killed(t: &Test) -> Result<()> {
     let bundle =
-        with_hook(t.script("echo not reached")?, "createContainer", "sleep 1000", json!({"timeout": 1}))?;
+        with_hook(t.script("echo not reached")?, "createContainer", "sleep 1000", &json!({"timeout": 1}))?;
     t.run(&bundle)?.failed().stdout("").error(&["hooks.createContainer[0]", "1s"]);
     Ok(())
 }

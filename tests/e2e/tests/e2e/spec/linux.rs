@@ -145,7 +145,7 @@ fn devices_can_be_allowed_and_denied(t: &Test) -> Result<()> {
     Ok(())
 }
 
-fn seccomp(spec: &mut Value, syscalls: Value) {
+fn seccomp(spec: &mut Value, syscalls: &Value) {
     spec["linux"]["seccomp"] = json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
@@ -161,7 +161,7 @@ fn seccomp_gives_its_error(t: &Test) -> Result<()> {
         // ENOLINK, EPERM by default; and a name that nobody knows.
         seccomp(
             spec,
-            json!([
+            &json!([
                 {"names": MKDIR, "action": "SCMP_ACT_ERRNO", "errnoRet": 67},
                 {"names": ["rmdir", "unlinkat", "no_such_call"], "action": "SCMP_ACT_ERRNO"},
             ]),
@@ -181,7 +181,7 @@ fn seccomp_compares_arguments(t: &Test) -> Result<()> {
         let is = |value: u32| json!({"index": 1, "value": value, "op": "SCMP_CMP_EQ"});
         seccomp(
             spec,
-            json!([
+            &json!([
                 {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "args": [is(10), is(12)]},
                 {"names": ["umask"], "action": "SCMP_ACT_ERRNO", "args": [
                     {"index": 0, "value": 0o777, "valueTwo": 0o77, "op": "SCMP_CMP_MASKED_EQ"}]},
@@ -195,7 +195,7 @@ fn seccomp_compares_arguments(t: &Test) -> Result<()> {
 fn seccomp_kills(t: &Test) -> Result<()> {
     for action in ["SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP", "SCMP_ACT_KILL"] {
         let bundle = t.script("mkdir /tmp/x; echo ended with $?")?.with(|spec| {
-            seccomp(spec, json!([{"names": MKDIR, "action": action}]));
+            seccomp(spec, &json!([{"names": MKDIR, "action": action}]));
         })?;
         // SIGSYS is 31.
         t.run(&bundle)?.exited(0).stdout("ended with 159\n");
@@ -209,7 +209,7 @@ fn seccomp_without_no_new_privileges(t: &Test) -> Result<()> {
     let text = output(t, script, |spec| {
         spec["process"]["noNewPrivileges"] = json!(false);
         spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
-        seccomp(spec, json!([{"names": MKDIR, "action": "SCMP_ACT_ERRNO"}]));
+        seccomp(spec, &json!([{"names": MKDIR, "action": "SCMP_ACT_ERRNO"}]));
     })?;
     ensure!(text == "refused\nNoNewPrivs:\t0\nSeccomp:\t2\n", "{text}");
     Ok(())
@@ -279,7 +279,7 @@ fn seccomp_knows_32_bit_programs(t: &Test) -> Result<()> {
     // A filter for one architecture kills what runs as another; with the other in its list it must not.
     let bundle = t
         .script("echo alive")?
-        .with(|spec| seccomp(spec, json!([{"names": MKDIR, "action": "SCMP_ACT_LOG"}])))?;
+        .with(|spec| seccomp(spec, &json!([{"names": MKDIR, "action": "SCMP_ACT_LOG"}])))?;
     t.run(&bundle)?.exited(0).stdout("alive\n").stderr("");
     Ok(())
 }

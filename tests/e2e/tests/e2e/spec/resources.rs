@@ -21,7 +21,7 @@ pub(crate) const CASES: &[Case] = cases![
 /// These files of the cgroup with these resources.
 fn files(t: &Test, names: &str, resources: &Value) -> Result<String> {
     output(t, &format!("cd /sys/fs/cgroup; cat {names}"), |spec| {
-        spec["linux"]["resources"] = resources.clone()
+        spec["linux"]["resources"] = resources.clone();
     })
 }
 
