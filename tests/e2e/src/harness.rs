@@ -57,8 +57,9 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
         Some(None) => return fail(&format!("{PART_VARIABLE} is not K/N with K from 1 to N")),
     };
     let mut arguments = Arguments::from_args();
-    // Two at a time suit the lab's two emulated CPUs, and any other machine.
-    arguments.test_threads.get_or_insert(2);
+    // What takes time here is a CPU's work: more tests at a time than CPUs would only run into their bounds.
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    arguments.test_threads.get_or_insert(cpus.min(2));
     let mut skip = None;
     if !arguments.list
         && let Err(reason) = check_host()
