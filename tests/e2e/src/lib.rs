@@ -25,6 +25,7 @@ pub mod leaks;
 pub mod process;
 pub mod terminal;
 pub mod time;
+pub mod trace;
 pub mod vm;
 pub mod vsock_peer;
 
