@@ -23,6 +23,7 @@ use kvrun_vmm_api::{
     ToVmm, VmConfig, VmMetrics, VmState,
 };
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -35,6 +36,9 @@ pub use end::{Death, VmEnd};
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the VMM may take to build a machine and start its vCPUs.
 const BOOT_REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// How many bytes a stream may hold in each direction on the host: as much as Linux lets anyone have (`net.core.wmem_max`), which is
+/// twice what it gives by itself. The guest's side may have this much under way, so that neither side waits for each packet of the other.
+const STREAM_BUFFER: usize = 512 * 1024;
 /// How long a VMM asked to stop may take until it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -215,6 +219,9 @@ impl Vmm {
     /// [`VmmError`]; [`RequestError::ConnectionRefused`] in it when nothing listens.
     pub async fn connect(&self, port: u32) -> Result<StdUnixStream, VmmError> {
         let (ours, theirs) = StdUnixStream::pair().map_err(VmmError::Socket)?;
+        for end in [&ours, &theirs] {
+            set_socket_send_buffer_size(end, STREAM_BUFFER).map_err(|e| VmmError::Socket(e.into()))?;
+        }
         let request = Request::VsockConnect { port };
         self.request("connect to the guest", request, &[theirs.as_fd()], REQUEST_TIMEOUT).await?;
         Ok(ours)

@@ -29,8 +29,9 @@ use super::stream::HostStream;
 use crate::event_loop::Registry;
 
 /// How many bytes on their way to the host are buffered on a connection; what the guest is told as `buf_alloc`. Linux
-/// sends packets of up to 64 KiB, so this keeps a few of them under way.
-pub(super) const BUF_ALLOC: u32 = 256 * 1024;
+/// sends packets of up to 64 KiB and sleeps when there is no room for more: so this lets it go on while the host works on those before,
+/// and the Unix socket of a stream takes most of it.
+pub(super) const BUF_ALLOC: u32 = 512 * 1024;
 /// The same for a connection that is one of very many, so that a guest that fills all of them costs the host no more than a bounded sum.
 pub(super) const SMALL_BUF_ALLOC: u32 = 32 * 1024;
 /// The most receive buffers filled by one read: 64 KiB with the 4 KiB buffers of Linux.
@@ -491,7 +492,9 @@ impl Connection {
                 if count < room.len() && !self.end_in_sight {
                     self.readable = false;
                 }
-                self.burst = if count == room.len() { (self.burst * 2).min(MAX_BURST) } else { 1 };
+                // As much as there was is about what there will be: a busy stream is not read in small pieces first each time.
+                let filled = (count * usize::from(self.burst)).div_ceil(room.len()) as u8;
+                self.burst = if count == room.len() { (self.burst * 2).min(MAX_BURST) } else { filled };
                 (count, Verdict::Keep)
             }
             Err(e) if would_block(&e) => {

@@ -303,17 +303,9 @@ impl<'m> RxBuffer<'m> {
         data
     }
 
-    /// Returns the buffer to the guest; `header.len` bytes of data are in it already.
-    ///
-    /// # Errors
-    /// When the ring is corrupt.
-    pub(super) fn finish(
-        self,
-        header: &Header,
-        queue: &mut VirtQueue,
-        mem: &GuestRam,
-    ) -> Result<(), QueueError> {
+    /// Completes the packet, of which `header.len` bytes of data are there already; what is to be returned to the guest.
+    pub(super) fn fill(self, header: &Header) -> (u16, u32) {
         self.buffers.write_front(&header.encode());
-        queue.add_used(mem, self.head, HEADER_LEN as u32 + header.len)
+        (self.head, HEADER_LEN as u32 + header.len)
     }
 }

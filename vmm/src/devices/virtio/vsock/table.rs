@@ -19,9 +19,9 @@ use crate::locked;
 
 /// The most connections at a time, closing ones included.
 pub(super) const MAX_CONNECTIONS: usize = 4096;
-/// While there are so many connections, a new one gets little room for bytes on their way to the host: with 256 KiB for each of these and
-/// 32 KiB for each of the others, all together hold 184 MiB at most, and that only if the guest fills them and nobody on the host reads.
-const MANY_CONNECTIONS: usize = 256;
+/// While there are so many connections, a new one gets little room for bytes on their way to the host: with 512 KiB for each of these and
+/// 32 KiB for each of the others, all together hold 188 MiB at most, and that only if the guest fills them and nobody on the host reads.
+pub(super) const MANY_CONNECTIONS: usize = 128;
 /// How many packets that belong to no connection may wait for their RST; beyond that they get none.
 pub(super) const MAX_STRAY_RESETS: usize = 128;
 /// Tokens below are the device's own descriptors.
@@ -296,7 +296,8 @@ impl Table {
 /// Sends a packet without data; `false` if there is no buffer for it.
 fn send(header: &Header, rx: &mut VirtQueue, mem: &GuestRam) -> Result<bool, QueueError> {
     let Some(buffer) = RxBuffer::pop(rx, mem)? else { return Ok(false) };
-    buffer.finish(header, rx, mem)?;
+    let (head, written) = buffer.fill(header);
+    rx.add_used(mem, head, written)?;
     Ok(true)
 }
 
@@ -332,6 +333,7 @@ fn send_data(
     let (mut left, verdict) = connection.read_host(&room, registry);
     let (mut packets, bytes) = (0, left as u64);
     let (buf_alloc, fwd_cnt) = if bytes > 0 { connection.tell_credit() } else { (0, 0) };
+    let mut used = Vec::with_capacity(buffers.len());
     for (buffer, capacity) in buffers {
         if left == 0 {
             rx.undo_pop();
@@ -340,7 +342,8 @@ fn send_data(
         let len = left.min(capacity);
         left -= len;
         packets += 1;
-        buffer.finish(&Header { op: op::RW, len: len as u32, buf_alloc, fwd_cnt, ..header }, rx, mem)?;
+        used.push(buffer.fill(&Header { op: op::RW, len: len as u32, buf_alloc, fwd_cnt, ..header }));
     }
+    rx.add_used_together(mem, &used)?;
     Ok((packets, bytes, verdict))
 }

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::guest::{CLOSED, Guest, LISTEN, MAX_DATA, Sock, TX, pattern};
 use crate::devices::virtio::vsock::connection::{BUF_ALLOC, MAX_BURST, SMALL_BUF_ALLOC};
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, SHUT_BOTH, SHUT_SEND, op};
-use crate::devices::virtio::vsock::table::{MAX_CONNECTIONS, MAX_STRAY_RESETS};
+use crate::devices::virtio::vsock::table::{MANY_CONNECTIONS, MAX_CONNECTIONS, MAX_STRAY_RESETS};
 use crate::devices::virtio::vsock::{ConnectError, QUEUE_SIZES};
 
 #[test]
@@ -84,7 +84,7 @@ fn as_many_connections_as_there_can_be_and_no_more() {
     // The first have room for much, the others for less.
     let room = |index: usize| all[index].0.peer_alloc;
     assert_eq!(
-        [room(0), room(255), room(256), room(MAX_CONNECTIONS - 1)],
+        [room(0), room(MANY_CONNECTIONS - 1), room(MANY_CONNECTIONS), room(MAX_CONNECTIONS - 1)],
         [BUF_ALLOC, BUF_ALLOC, SMALL_BUF_ALLOC, SMALL_BUF_ALLOC]
     );
     let (near, far) = UnixStream::pair().unwrap();
