@@ -41,7 +41,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, E
 
     let signals = signals::block().map_err(host("block signals"))?;
     let mut prepared = Prepared::new(global, &namespace, &id, &bundle, true)?;
-    let record = prepared.record().clone();
+    let (record, home) = (prepared.record().clone(), prepared.home());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     let code = runtime.block_on(async {
@@ -82,7 +82,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, E
     // In this order: the tasks, the machine and its files, and then what comes after them.
     drop(runtime);
     drop(prepared);
-    delete::run_poststop(&record, log);
+    delete::run_poststop(&record, &home, log);
     code
 }
 

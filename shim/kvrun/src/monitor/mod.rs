@@ -21,9 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvrun_pod::bundle::{Bundle, LinuxMemory, LinuxResources, Process as OciProcess};
+use kvrun_pod::bundle::{Bundle, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
+use kvrun_pod::network::{Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
@@ -37,6 +38,7 @@ use tokio::sync::{Notify, Semaphore};
 use self::exec::Program;
 use self::protocol::ProcessRow;
 use crate::attach::End;
+use crate::engine::Links;
 use crate::error::{Error, host};
 
 /// How many further processes are made at the same time; the others wait. The agent keeps 64 streams that nobody has asked for yet, of which
@@ -52,6 +54,11 @@ pub(crate) struct Monitor {
     /// Of the machine, in bytes.
     memory: u64,
     share: Arc<Share>,
+    links: Links,
+    /// The network namespace of the machine.
+    network: Identity,
+    /// The one in which hooks run.
+    home: Arc<NetworkNamespace>,
     containers: Mutex<HashMap<ContainerId, Arc<Container>>>,
     execs: AtomicU64,
     /// Further processes that may be made at the same time.
@@ -129,17 +136,28 @@ impl Container {
 
 impl Monitor {
     /// Serves a machine with its first container.
-    pub(crate) fn new(pod: Pod, size: VmSize, share: Arc<Share>, first: &Arc<Container>) -> Arc<Self> {
+    pub(crate) fn new(
+        pod: Pod,
+        size: VmSize,
+        share: Arc<Share>,
+        links: Links,
+        home: Arc<NetworkNamespace>,
+        first: &Arc<Container>,
+    ) -> Result<Arc<Self>, Error> {
         let id = first.record().id.clone();
-        Arc::new(Self {
+        let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
+        Ok(Arc::new(Self {
             pod,
             memory: u64::from(size.memory_mib) << 20,
             share,
+            links,
+            network: network.map_err(host("find the network namespace"))?,
+            home,
             containers: Mutex::new(HashMap::from([(id, Arc::clone(first))])),
             execs: AtomicU64::new(0),
             making: Semaphore::new(MAKING),
             leave: Notify::new(),
-        })
+        }))
     }
 
     /// Takes connections at a container's state directory, in tasks of the current runtime.
@@ -170,12 +188,18 @@ impl Monitor {
         if container.status() != Status::Created {
             return Err(container.wrong_state("start"));
         }
+        if container.record().sandbox.is_none()
+            && let Some(network) = &mut *self.links.lock().await
+        {
+            // Engines that name no namespace configure it when they know the container's process.
+            network.update(&self.pod).await?;
+        }
         // First, because the program may be seen to run before we hear of it. If it cannot run, its process ends.
         container.set(Status::Running)?;
         container.process.start().await?;
         let hooks = container.bundle.poststart_hooks();
         let document = state(&container.record(), Status::Running);
-        if let Err(error) = hooks::run("poststart", &hooks, &document).await {
+        if let Err(error) = hooks::run("poststart", &hooks, &self.home, &document).await {
             // runtime.md, "Lifecycle", step 9.
             let _ = container.process.kill(libc_sigkill(), true).await;
             return Err(error.into());
@@ -311,9 +335,10 @@ impl Monitor {
         let bundle = Bundle::load_beside(bundle, &sibling)?;
         describe(&mut record, &bundle)?;
         let id = record.id.clone();
+        self.check_network(&id, &bundle)?;
         let result = async {
             let spec = self.share.add(&id, &bundle)?;
-            run_creation_hooks(&bundle, &record).await?;
+            run_creation_hooks(&bundle, &record, &self.home).await?;
             Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
         };
         let (process, streams) = match result.await {
@@ -326,6 +351,24 @@ impl Monitor {
         let container = Container::new(process, bundle, dir, record)?;
         self.containers().insert(id, Arc::clone(&container));
         Ok((container, streams))
+    }
+
+    /// All containers of a machine are on its network.
+    fn check_network(&self, id: &ContainerId, bundle: &Bundle) -> Result<(), Error> {
+        let same = match bundle.network() {
+            HostNetwork::None => true,
+            HostNetwork::New => false,
+            HostNetwork::Named { namespace, .. } => {
+                let identity = namespace.identity().map_err(host("look at the network namespace"))?;
+                identity == self.network
+            }
+        };
+        if same {
+            return Ok(());
+        }
+        Err(Error::Option(format!(
+            "linux.namespaces: container {id} is to be in the machine of another one, and so it must be in the same network namespace, by its path"
+        )))
     }
 
     /// Takes a further container away, with whatever is left of it.
@@ -369,9 +412,13 @@ pub(crate) fn describe(record: &mut Record, bundle: &Bundle) -> Result<(), Error
 }
 
 /// Runs the hooks that come before the container's program.
-pub(crate) async fn run_creation_hooks(bundle: &Bundle, record: &Record) -> Result<(), Error> {
+pub(crate) async fn run_creation_hooks(
+    bundle: &Bundle,
+    record: &Record,
+    network: &NetworkNamespace,
+) -> Result<(), Error> {
     for (kind, hooks) in bundle.creation_hooks() {
-        hooks::run(kind, &hooks, &state(record, Status::Creating)).await?;
+        hooks::run(kind, &hooks, network, &state(record, Status::Creating)).await?;
     }
     Ok(())
 }
