@@ -6,6 +6,7 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod engines;
 mod exec;
 mod exit;
 mod faults;
@@ -14,6 +15,7 @@ mod hooks;
 mod inspect;
 mod installation;
 mod lifecycle;
+mod network;
 mod parallel;
 mod process;
 mod resources;
@@ -56,6 +58,9 @@ fn main() -> ExitCode {
         exec::CASES,
         inspect::CASES,
         hooks::CASES,
+        network::CASES,
+        engines::podman::CASES,
+        engines::docker::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
