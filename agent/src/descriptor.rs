@@ -57,8 +57,8 @@ impl Descriptor {
         read_once(self.0.get_ref(), buf)
     }
 
-    /// Writes all of `bytes`, and tells `progress` of each part that is accepted.
-    pub async fn write_all(&self, mut bytes: &[u8], mut progress: impl FnMut(usize)) -> io::Result<()> {
+    /// Writes all of `bytes`.
+    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let written = self
                 .0
@@ -74,7 +74,6 @@ impl Descriptor {
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
-            progress(written);
             bytes = &bytes[written..];
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use kvrun_agent_api::agent::mount_request::Kind;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
+use rustix::fs::{AtFlags, Mode, mkdirat, unlinkat};
 
 use crate::path::{PathError, RunPath, of_fd};
 
@@ -117,6 +118,22 @@ impl Mount {
     }
 }
 
+/// Forgets what the kernel has cached of a directory that the host has removed from a share: the names below it, and the mounts it has made
+/// by itself where the host has other file systems (Linux 6.12 fs/fuse/dir.c, `fuse_dentry_automount`). One that is still there stays.
+///
+/// # Errors
+///
+/// [`MountError::Path`].
+pub fn forget_directory(path: &RunPath) -> Result<(), MountError> {
+    let Some((parent, name)) = path.open_parent()? else { return Ok(()) };
+    // Only for what is to be created does the kernel ask the host whatever its cache says (`fuse_dentry_revalidate`, LOOKUP_EXCL). The answer, that there is
+    // no such directory, empties the cache; then the host refuses the creation, because the share is read-only there.
+    if mkdirat(&parent, name, Mode::from_raw_mode(0o755)).is_ok() {
+        let _ = unlinkat(&parent, name, AtFlags::REMOVEDIR);
+    }
+    Ok(())
+}
+
 /// What is mounted, in order.
 #[derive(Debug, Default)]
 pub struct Mounts {
@@ -194,7 +211,7 @@ impl Mounts {
         nix::mount::umount2(&of_fd(&parent).join(name), flags | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|errno| MountError::Unmount { mount_point: mount_point.clone(), errno })?;
         // A directory that somebody has filled meanwhile stays.
-        let _ = rustix::fs::unlinkat(&parent, name, rustix::fs::AtFlags::REMOVEDIR);
+        let _ = unlinkat(&parent, name, AtFlags::REMOVEDIR);
         Ok(())
     }
 

@@ -14,9 +14,9 @@ use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, ExecProcessRequest, GetInfoRequest, GetInfoResponse,
-    ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest,
-    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
+    CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
+    GetInfoResponse, ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest,
+    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
     UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
@@ -33,7 +33,7 @@ use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
-use crate::mounts::{Mount, MountError, Mounts};
+use crate::mounts::{Mount, MountError, Mounts, forget_directory};
 use crate::network::plan::Plan;
 use crate::network::{self, NetworkError};
 use crate::oci::create::OciError;
@@ -250,6 +250,16 @@ impl Agent for AgentService {
             RunPath::parse(&request.mount_point).map_err(MountError::from).map_err(Failure::from)?;
         let parts = self.0.clone();
         blocking(move || Ok(parts.mounts.unmount(&mount_point)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn forget_directory(
+        &self,
+        _: &TtrpcContext,
+        request: ForgetDirectoryRequest,
+    ) -> ttrpc::Result<Empty> {
+        let path = RunPath::parse(&request.path).map_err(MountError::from).map_err(Failure::from)?;
+        blocking(move || Ok(forget_directory(&path)?)).await?;
         Ok(Empty::new())
     }
 

@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{Gid, Uid, fchown};
@@ -23,8 +22,9 @@ const BUFFER: usize = 64 * 1024;
 /// Most that a pty holds between slave and master: the flip buffers (`TTYB_DEFAULT_MEM_LIMIT` of Linux 6.12
 /// `drivers/tty/tty_buffer.c`, 64 KiB) and the line discipline's read buffer.
 const PTY_CAPACITY: usize = 128 * 1024;
-/// How long the end of a process is held back while nobody takes its output. The output itself stays on its way.
-const STALL: Duration = Duration::from_secs(10);
+/// How long the end of a process is held back for its output, which somebody may take slowly, or not at all. The output itself stays
+/// on its way.
+const HELD_BACK: Duration = Duration::from_secs(1);
 
 /// What the process gets as descriptors 0, 1 and 2.
 #[derive(Debug)]
@@ -121,7 +121,6 @@ pub struct Pumps {
     input: Option<AbortHandle>,
     outputs: JoinSet<()>,
     ended: watch::Sender<bool>,
-    passed: Arc<AtomicU64>,
 }
 
 impl Pumps {
@@ -129,36 +128,23 @@ impl Pumps {
     #[must_use]
     pub fn start(ends: AgentEnds) -> Self {
         let (ended, _) = watch::channel(false);
-        let passed = Arc::new(AtomicU64::new(0));
         let input = ends.input.map(|(stream, sink)| tokio::spawn(pump_in(stream, sink)).abort_handle());
         let mut outputs = JoinSet::new();
         for (source, stream) in ends.outputs {
-            outputs.spawn(pump_out(source, stream, ended.subscribe(), passed.clone()));
+            outputs.spawn(pump_out(source, stream, ended.subscribe()));
         }
-        Self { input, outputs, ended, passed }
+        Self { input, outputs, ended }
     }
 
     /// To be called when the process has been reaped: completes when all it wrote is handed over and the streams' ends are
-    /// marked. If the engine takes nothing for [`STALL`] it completes too, and the rest follows as the engine takes it.
+    /// marked. If that takes longer than [`HELD_BACK`] it completes too, and the rest follows as the engine takes it.
     pub async fn finish(mut self) {
         if let Some(input) = self.input.take() {
             input.abort();
         }
         self.ended.send_replace(true);
-        let mut before = self.passed.load(Ordering::Relaxed);
-        loop {
-            match timeout(STALL, self.outputs.join_next()).await {
-                Ok(None) => return,
-                Ok(Some(_)) => {}
-                Err(_) => {
-                    let now = self.passed.load(Ordering::Relaxed);
-                    if now == before {
-                        break;
-                    }
-                    before = now;
-                }
-            }
-        }
+        let all = async { while self.outputs.join_next().await.is_some() {} };
+        let _ = timeout(HELD_BACK, all).await;
         self.outputs.detach_all();
     }
 }
@@ -182,7 +168,7 @@ async fn pump_in(stream: Descriptor, sink: Arc<Descriptor>) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        if sink.write_all(&buf, |_| ()).await.is_err() {
+        if sink.write_all(&buf).await.is_err() {
             // The process has closed its input. The engine learns it when it writes more.
             stream.shutdown(Shutdown::Both);
             return;
@@ -192,16 +178,8 @@ async fn pump_in(stream: Descriptor, sink: Arc<Descriptor>) {
 
 /// Process to engine, until everybody has closed the pipe (a pty says EIO then), or the process has ended and what it left in
 /// the pipe is taken. A child of the process that lives on and writes does not hold that up.
-async fn pump_out(
-    source: Arc<Descriptor>,
-    stream: Descriptor,
-    mut ended: watch::Receiver<bool>,
-    passed: Arc<AtomicU64>,
-) {
+async fn pump_out(source: Arc<Descriptor>, stream: Descriptor, mut ended: watch::Receiver<bool>) {
     let mut buf = Vec::with_capacity(BUFFER);
-    let progress = |n: usize| {
-        passed.fetch_add(n as u64, Ordering::Relaxed);
-    };
     let draining = loop {
         buf.clear();
         tokio::select! {
@@ -213,7 +191,7 @@ async fn pump_out(
                 Ok(_) => {}
             },
         }
-        if stream.write_all(&buf, progress).await.is_err() {
+        if stream.write_all(&buf).await.is_err() {
             // The engine has closed the stream. Dropping the source tells the process: SIGPIPE, or EIO on a terminal.
             return;
         }
@@ -227,7 +205,7 @@ async fn pump_out(
                 Ok(0) | Err(_) => break,
                 Ok(n) => left = left.saturating_sub(n),
             }
-            if stream.write_all(&buf, progress).await.is_err() {
+            if stream.write_all(&buf).await.is_err() {
                 return;
             }
         }
@@ -276,7 +254,7 @@ mod tests {
         File::from(process.stdout).write_all(&vec![9; SIZE]).unwrap();
         let before = tokio::time::Instant::now();
         Pumps::start(agent).finish().await;
-        assert!(before.elapsed() <= 3 * STALL, "{:?}", before.elapsed());
+        assert!(before.elapsed() <= 2 * HELD_BACK, "{:?}", before.elapsed());
         let read = tokio::task::spawn_blocking(move || read_to_end(engine)).await.unwrap();
         assert_eq!(read.len(), SIZE);
     }

@@ -183,7 +183,7 @@ mod tests {
         let (ours, theirs) = pair();
         broker.offer(7, theirs);
         let claimed = broker.claim(7).await.unwrap();
-        claimed.write_all(b"x", |_| ()).await.unwrap();
+        claimed.write_all(b"x").await.unwrap();
         assert_eq!(ours.read(&mut Vec::with_capacity(9)).await.unwrap(), 1);
 
         let (ours, theirs) = pair();

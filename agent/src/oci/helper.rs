@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::BufReader;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -72,8 +71,8 @@ fn usage() -> ExitCode {
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, SetupError> {
     let what = || format!("read {}", path.display());
-    let file = File::open(path).map_err(system(what()))?;
-    serde_json::from_reader(BufReader::new(file)).map_err(system(what()))
+    let bytes = std::fs::read(path).map_err(system(what()))?;
+    serde_json::from_slice(&bytes).map_err(system(what()))
 }
 
 fn create(
@@ -167,12 +166,18 @@ fn exec(
     let pidfd =
         pidfd_open(container_pid, PidfdFlags::empty()).map_err(system("find the container's process"))?;
     let namespaces = namespaces::of_process(container)?;
+    // Not joined before the clone: from inside, the kernel would see no way from our cgroup to the container's (Linux 6.12 kernel/cgroup/cgroup.c,
+    // cgroup_procs_write_permission, with "nsdelegate").
+    let cgroup_namespace = (namespaces & libc::CLONE_NEWCGROUP != 0)
+        .then(|| File::open(format!("/proc/{container}/ns/cgroup")).map(OwnedFd::from))
+        .transpose()
+        .map_err(system("open the cgroup namespace of the container"))?;
     let mut cgroup = open_directory(&Path::new(cgroup::ROOT).join(cgroup))?;
     let mut of_init = Some(cgroup_of(container)?);
     let (ours, theirs) = pair()?;
     // Nobody in the container may look into this process once it is partly there.
     process::hide()?;
-    sys::setns(&pidfd, namespaces).map_err(system("enter the container"))?;
+    sys::setns(&pidfd, namespaces & !libc::CLONE_NEWCGROUP).map_err(system("enter the container"))?;
     let in_user_namespace = namespaces & libc::CLONE_NEWUSER != 0;
     loop {
         // SAFETY: this process has one thread.
@@ -180,7 +185,8 @@ fn exec(
             Ok(Cloned::Child) => {
                 drop(ours);
                 let gate = Gate { helper: theirs, reporter: reporter.clone() };
-                end(init::run_process(&spec, &process, seccomp, in_user_namespace, &gate), reporter)
+                let entered = init::Entered { cgroup: cgroup_namespace, user: in_user_namespace };
+                end(init::run_process(&spec, &process, seccomp, entered, &gate), reporter)
             }
             Ok(Cloned::Parent(pid)) => {
                 drop(theirs);

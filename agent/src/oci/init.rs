@@ -143,6 +143,15 @@ pub fn run_container(container: Container<'_>, gate: &Gate) -> Result<Infallible
     last.exec(process, &env)
 }
 
+/// The namespaces of a container that a further process of it is not simply born in.
+#[derive(Debug)]
+pub struct Entered {
+    /// That of cgroups, yet to be joined, if it is not the guest's.
+    pub cgroup: Option<OwnedFd>,
+    /// Whether the user namespace is not the guest's.
+    pub user: bool,
+}
+
 /// Becomes a further process of a container, in whose namespaces this one is.
 ///
 /// # Errors
@@ -152,13 +161,17 @@ pub fn run_process(
     spec: &Spec,
     process: &Process,
     seccomp: Option<ScmpFilterContext>,
-    in_user_namespace: bool,
+    entered: Entered,
     gate: &Gate,
 ) -> Result<Infallible, SetupError> {
     gate.wait_for_helper()?;
     process::hide()?;
     rustix::process::setsid().map_err(system("begin a session"))?;
-    if in_user_namespace {
+    if let Some(namespace) = &entered.cgroup {
+        sys::setns(namespace, libc::CLONE_NEWCGROUP)
+            .map_err(system("enter the container's cgroup namespace"))?;
+    }
+    if entered.user {
         become_root()?;
     }
     new_keyring()?;

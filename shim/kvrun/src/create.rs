@@ -1,6 +1,7 @@
 //! `kvrun create`, and `run --detach`: the container's machine and its monitor, or its part in the machine of a pod, in a process that
 //! stays.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use kvrun_pod::bundle::Bundle;
@@ -203,7 +204,7 @@ impl Creation<'_> {
             let wanted = stdio.wanted();
             let request = Request::Create { bundle: record.bundle, wanted };
             let connection = monitor.connect(root, PATIENCE)?.about(self.id);
-            let (process, streams) = connection.attach(request, &[dir.as_fd()], wanted)?;
+            let (process, streams) = connection.attach(request, &[dir.reopen()?.as_fd()], wanted)?;
             let copying = Copying::start(stdio, streams)?;
             self.ready()?;
             dir.keep();

@@ -124,7 +124,8 @@ impl Prepared {
         self.record.vmm = starting.vmm().process().ok();
         self.record.write(self.dir.as_fd()).map_err(host("write the container's record"))?;
         // While the guest boots.
-        let spec = self.share.add(&self.record.id, bundle)?;
+        // Its place in the share is there for as long as the machine.
+        let (spec, _) = self.share.add(bundle)?;
         let pod = starting.ready().await?;
         run_creation_hooks(bundle, &self.record, &self.home).await?;
         if let Some(network) = &mut *self.links.lock().await {
@@ -142,8 +143,8 @@ impl Prepared {
         process: Process,
         bundle: Bundle,
     ) -> Result<(Arc<Monitor>, Arc<Container>), Error> {
-        let dir = self.dir.as_fd().try_clone_to_owned().map_err(host("keep the state directory open"))?;
-        let container = Container::new(process, bundle, dir, self.record.clone())?;
+        let dir = self.dir.reopen()?;
+        let container = Container::new(process, bundle, dir, self.record.clone(), None)?;
         let (share, links) = (Arc::clone(&self.share), Arc::clone(&self.links));
         let monitor = Monitor::new(pod.clone(), self.size, share, links, self.home(), &container)?;
         monitor.serve(self.dir.as_fd())?;

@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         }
         Command::Env => return finish(&log, env::env(global), "kvrun env: files are missing"),
         Command::Run(args) if args.detach => create::run_detached(global, &args.create, &log).map(|()| 0),
-        Command::Run(args) => run::run(global, &args.create, &log),
+        Command::Run(args) => run::run(global, &args.create, args.keep, &log),
         Command::Create(args) => create::create(global, args, &log).map(|()| 0),
         Command::Exec(args) => exec::exec(global, args, &log),
         command => simple(global, command, &log).map(|()| 0),

@@ -22,8 +22,8 @@ use crate::monitor::{Container, until_end};
 use crate::signals;
 use crate::terminal::Terminal;
 
-/// Runs a container; its exit code.
-pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, Error> {
+/// Runs a container; its exit code. With `keep` it is there, stopped, until it is deleted.
+pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> Result<u8, Error> {
     let id: ContainerId = args.id.parse()?;
     check_options(global, args)?;
     if args.console_socket.is_some() {
@@ -40,7 +40,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, E
     }
 
     let signals = signals::block().map_err(host("block signals"))?;
-    let mut prepared = Prepared::new(global, &namespace, &id, &bundle, true)?;
+    let mut prepared = Prepared::new(global, &namespace, &id, &bundle, !keep)?;
     let (record, home) = (prepared.record().clone(), prepared.home());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
@@ -64,6 +64,9 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, E
             started = monitor.start(&container) => started?,
             signal = aborted(&signals, &mut early) => return Ok(128_u8.saturating_add(signal? as u8)),
         }
+        if keep {
+            prepared.dir().keep();
+        }
         let raw = terminal.as_ref().map(Terminal::raw).transpose();
         let raw = raw.map_err(host("put the terminal into raw mode"))?;
         let end = attend(&Own(&container), &signals, early, terminal.as_ref()).await?;
@@ -81,8 +84,11 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, log: &Log) -> Result<u8, E
     });
     // In this order: the tasks, the machine and its files, and then what comes after them.
     drop(runtime);
+    let kept = prepared.dir().is_kept();
     drop(prepared);
-    delete::run_poststop(&record, &home, log);
+    if !kept {
+        delete::run_poststop(&record, &home, log);
+    }
     code
 }
 

@@ -25,6 +25,8 @@ pub const PROTOCOL: &str = "kvrun.agent.v1";
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the agent may take to shut the guest down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the agent may take to forget a directory, which nobody waits for but the host's memory.
+const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest error message taken from the agent, in characters.
 const MAX_MESSAGE: usize = 1000;
 
@@ -175,6 +177,17 @@ impl Agent {
         let request = api::UnmountRequest { mount_point: mount_point.to_owned(), ..Default::default() };
         let call = self.client.unmount(Context::default(), &request);
         bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Forgets what is cached of a directory that was removed from the share.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn forget_directory(&self, path: &Path) -> Result<(), AgentError> {
+        let path = path.to_string_lossy().into_owned();
+        let request = api::ForgetDirectoryRequest { path, ..Default::default() };
+        let call = self.client.forget_directory(Context::default(), &request);
+        bounded("forget a directory", FORGET_TIMEOUT, call).await.map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the

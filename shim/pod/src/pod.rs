@@ -48,7 +48,7 @@ pub const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
 /// with several guests at once takes tens of seconds.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a VMM whose guest has broken its connection may take to end by itself, for example because the guest panicked.
-pub(crate) const DEATH_GRACE: Duration = Duration::from_secs(2);
+const DEATH_GRACE: Duration = Duration::from_secs(2);
 
 /// What can go wrong with a virtual machine.
 #[derive(Debug, thiserror::Error)]

@@ -7,13 +7,17 @@ use tokio::time::timeout;
 use crate::agent::{AgentError, ProcessEnd};
 use crate::container::{Exit, ExitState, VmDeath};
 use crate::container_id::ContainerId;
-use crate::pod::{DEATH_GRACE, Pod, PodError};
+use crate::pod::{Pod, PodError};
 use crate::text;
 
 /// How long the guest may take to deliver a signal.
 const SIGNAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the guest may take to deliver SIGKILL, after which the machine is ended instead.
 const KILL_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// How long the guest may take to remove a container whose processes it has killed, after which the machine is ended. Longer than the other bounds, because
+/// nobody waits for it, and other containers may be in the machine.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A process. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -84,9 +88,9 @@ impl Process {
         self.pod.or_death(self.pod.agent.resize(&self.id, &self.exec_id, rows, columns)).await
     }
 
-    /// Kills what is left of its container and removes that from the guest, within 2 s or with the machine.
+    /// Kills what is left of its container and removes that from the guest, within 15 s or with the machine.
     pub async fn delete(&self) {
-        let removed = timeout(DEATH_GRACE, self.pod.or_death(self.pod.agent.remove(&self.id))).await;
+        let removed = timeout(REMOVAL_TIMEOUT, self.pod.or_death(self.pod.agent.remove(&self.id))).await;
         if !matches!(removed, Ok(Ok(()))) {
             self.pod.vmm.kill("the container could not be removed from the guest").await;
         }

@@ -120,9 +120,24 @@ impl ContainerDir {
         self.kept.store(true, Ordering::Relaxed);
     }
 
+    /// Whether it is to be left there.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
     /// The directory itself.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
+    }
+
+    /// Another descriptor for the directory, without the lock: for whoever writes in it and does not own it.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn reopen(&self) -> Result<OwnedFd, StateError> {
+        // Not a duplicate: that would have the lock in common (flock(2)).
+        openat(&self.dir, ".", DIRECTORY, Mode::empty())
+            .map_err(|e| io_error("open the state directory", &self.path, e))
     }
 
     /// The container.
@@ -287,7 +302,11 @@ mod tests {
         let root = root.path().join("made/on/demand");
         let first = ContainerDir::claim(&root, &id()).unwrap();
         assert!(matches!(ContainerDir::claim(&root, &id()), Err(StateError::InUse { .. })));
+        let other = first.reopen().unwrap();
         drop(first);
+        // Who has it open besides does not keep it.
+        drop(ContainerDir::claim(&root, &id()).unwrap());
+        drop(other);
         assert!(!root.join("c1").exists());
         ContainerDir::claim(&root, &id()).unwrap();
     }

@@ -36,6 +36,12 @@ pub(crate) struct RunArgs {
     /// Do not wait for its end
     #[arg(short, long)]
     pub(crate) detach: bool,
+    /// Leave the container to `delete` when it has ended, as with --detach
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Without effect: kvrun is no reaper of others
+    #[arg(long)]
+    pub(crate) no_subreaper: bool,
 }
 
 #[derive(Debug, Args)]

@@ -34,13 +34,17 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
     if status != Status::Stopped && !force {
         return Err(Error::NotStopped { id, status });
     }
-    if let Some(process) = container.record.process.alive() {
-        // It may hand output over that nobody takes, or serve a container that is to be killed.
+    let process = container.record.process.alive();
+    // The process may hand output over that nobody takes, or serve a container that is to be killed; and a machine of others may have the container
+    // still when its process was killed.
+    if process.is_some() || container.record.sandbox.is_some() {
         if let Err(error) =
             container.connect(&global.root, ANSWER).and_then(|connection| connection.tell(Request::Delete))
         {
             tracing::debug!(%error, "tell the monitor that its container is deleted");
         }
+    }
+    if let Some(process) = process {
         process.ends_within(END);
     }
     if !end(&container.record) {
@@ -68,6 +72,18 @@ fn release_network(record: &Record) {
         let error = kvrun_pod::text::chain(&error);
         tracing::warn!(path = %path.display(), error, "give the network namespace back");
     }
+}
+
+/// Ends a container whose machine does not do what it is told: kills the VMM, and after a moment, in which whoever serves it can tell of its
+/// end, that process too.
+pub(crate) fn end_machine(record: &Record) {
+    if let Some(vmm) = record.vmm.as_ref().and_then(kvrun_pod::host_process::HostProcess::alive) {
+        vmm.signal(Signal::KILL);
+        if let Some(process) = record.process.alive() {
+            process.ends_within(ANSWER);
+        }
+    }
+    end(record);
 }
 
 /// Kills what is left of a container's processes on the host; whether they have ended.

@@ -14,7 +14,7 @@ use crate::monitor::protocol::Request;
 /// How long delivering a signal may take: the guest has 10 s, after which its machine is ended.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// How long SIGKILL may take until we deliver it ourselves. The guest has 1.5 s.
-const KILL_PATIENCE: Duration = Duration::from_millis(1700);
+const KILL_PATIENCE: Duration = Duration::from_millis(1650);
 /// Linux include/uapi/asm-generic/signal.h: `SIGRTMIN` as programs know it, and `SIGRTMAX`.
 const REAL_TIME: (i32, i32) = (34, 64);
 
@@ -34,7 +34,7 @@ pub(crate) fn kill(global: &Global, args: &KillArgs) -> Result<(), Error> {
     match container.connect(&global.root, patience).and_then(|connection| connection.tell(request)) {
         // Whoever serves it hangs: with it ends the machine, and with that every process of the container.
         Err(Error::Silent { .. }) if is_kill => {
-            delete::end(&container.record);
+            delete::end_machine(&container.record);
             Ok(())
         }
         other => other,

@@ -7,7 +7,7 @@
 //! * Here - the containers of the machine, and what can be done with each.
 //!
 //! The first container is the machine's: when it ends, so do the machine and this process. Others join it in [`Monitor::create`] and are
-//! there as long as the connection that made them.
+//! there as long as the connection that made them. They are gone from the machine by the time their end is told.
 
 pub(crate) mod client;
 pub(crate) mod exec;
@@ -28,7 +28,7 @@ use kvrun_pod::network::{Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::Share;
+use kvrun_pod::share::{Place, Share};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -73,11 +73,15 @@ pub(crate) struct Container {
     bundle: Bundle,
     /// Its state directory.
     dir: OwnedFd,
+    /// Where its files are, if it is not the first.
+    place: Option<Place>,
     record: Mutex<Record>,
     /// Held while it goes from one state to another.
     changing: tokio::sync::Mutex<()>,
     /// The processes on the host that stand for further processes in it.
     execs: Mutex<Vec<i32>>,
+    /// Whether it is gone from the machine; held while it goes.
+    removed: tokio::sync::Mutex<bool>,
 }
 
 impl Container {
@@ -87,14 +91,17 @@ impl Container {
         bundle: Bundle,
         dir: OwnedFd,
         record: Record,
+        place: Option<Place>,
     ) -> Result<Arc<Self>, Error> {
         let container = Self {
             process,
             bundle,
             dir,
+            place,
             record: Mutex::new(record),
             changing: tokio::sync::Mutex::default(),
             execs: Mutex::default(),
+            removed: tokio::sync::Mutex::default(),
         };
         container.set(Status::Created)?;
         Ok(Arc::new(container))
@@ -126,6 +133,13 @@ impl Container {
         }
         record.last = status;
         record.write(self.dir.as_fd()).map_err(host("write the container's record"))
+    }
+
+    fn stopped(&self) {
+        if let Err(error) = self.set(Status::Stopped) {
+            // Whoever reads the record sees that this process has ended, a moment later.
+            tracing::warn!(error = %kvrun_pod::text::chain(&error), "write down the end of the container");
+        }
     }
 
     fn wrong_state(&self, what: &'static str) -> Error {
@@ -208,23 +222,26 @@ impl Monitor {
     }
 
     async fn kill(&self, container: &Container, signal: i32, all: bool) -> Result<(), Error> {
-        let (id, status) = (container.record().id.clone(), container.status());
-        match (status, all) {
+        match (container.status(), all) {
             (Status::Stopped, true) => Ok(()),
-            (Status::Stopped, false) => Err(Error::NotRunning { id, status }),
+            (Status::Stopped, false) => {
+                Err(Error::NotRunning { id: container.record().id.clone(), status: Status::Stopped })
+            }
             _ => Ok(container.process.kill(signal, all).await?),
         }
     }
 
+    /// Has the first container, and with it the machine, begin to end; takes any other away.
     async fn delete(&self, container: &Container) {
+        if container.place.is_some() {
+            return self.remove(container).await;
+        }
         if container.status() != Status::Stopped
             && let Err(error) = container.process.kill(libc_sigkill(), true).await
         {
             tracing::debug!(%error, "kill a container that is to be deleted");
         }
-        if container.record().sandbox.is_none() {
-            self.leave.notify_one();
-        }
+        self.leave.notify_one();
     }
 
     async fn pause(&self, container: &Container) -> Result<(), Error> {
@@ -336,19 +353,24 @@ impl Monitor {
         describe(&mut record, &bundle)?;
         let id = record.id.clone();
         self.check_network(&id, &bundle)?;
-        let result = async {
-            let spec = self.share.add(&id, &bundle)?;
+        // The ID is the caller's now, so one that has it still is about to go.
+        let earlier = self.containers().get(&id).cloned();
+        if let Some(earlier) = earlier {
+            self.remove(&earlier).await;
+        }
+        let (spec, place) = self.share.add(&bundle)?;
+        let created = async {
             run_creation_hooks(&bundle, &record, &self.home).await?;
             Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
         };
-        let (process, streams) = match result.await {
+        let (process, streams) = match created.await {
             Ok(created) => created,
             Err(error) => {
-                self.share.remove(&id, &bundle);
+                self.take_from_share(&place, &bundle).await;
                 return Err(error);
             }
         };
-        let container = Container::new(process, bundle, dir, record)?;
+        let container = Container::new(process, bundle, dir, record, Some(place))?;
         self.containers().insert(id, Arc::clone(&container));
         Ok((container, streams))
     }
@@ -371,12 +393,31 @@ impl Monitor {
         )))
     }
 
-    /// Takes a further container away, with whatever is left of it.
+    /// Takes a further container away, with whatever is left of it. May be called again, also while it is being taken away, or after that was given up.
     async fn remove(&self, container: &Container) {
+        let mut removed = container.removed.lock().await;
+        let Some(place) = container.place.as_ref().filter(|_| !*removed) else { return };
         container.process.delete().await;
-        let id = container.record().id.clone();
-        self.share.remove(&id, &container.bundle);
-        self.containers().remove(&id);
+        self.take_from_share(place, &container.bundle).await;
+        self.containers().remove(&container.record().id);
+        *removed = true;
+    }
+
+    /// Takes files away that no process of the guest uses any more.
+    async fn take_from_share(&self, place: &Place, bundle: &Bundle) {
+        self.share.remove(place, bundle);
+        // Else what the guest remembers of them keeps them open here, and their file systems with them.
+        let path = place.in_guest();
+        if let Err(error) = self.pod.or_death(self.pod.agent().forget_directory(&path)).await {
+            tracing::debug!(%error, "have the guest forget a container's files");
+        }
+    }
+
+    /// Waits for the end of the process of a further container, writes it down, and takes the container away.
+    async fn until_removed(&self, container: &Container) -> End {
+        let end = until_end(container).await;
+        self.remove(container).await;
+        end
     }
 }
 
@@ -427,10 +468,7 @@ pub(crate) async fn run_creation_hooks(
 pub(crate) async fn until_end(container: &Container) -> End {
     use crate::attach::Attended;
     let end = Attended::wait(&container.process).await;
-    if let Err(error) = container.set(Status::Stopped) {
-        // Whoever reads the record sees that this process has ended, a moment later.
-        tracing::warn!(error = %kvrun_pod::text::chain(&error), "write down the end of the container");
-    }
+    container.stopped();
     end
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Call, Request, payload, unpack};
-use super::{Container, Monitor, until_end};
+use super::{Container, Monitor};
 use crate::attach::{Attended, End};
 use crate::daemon::channel_error;
 use crate::error::{Error, host};
@@ -166,7 +166,7 @@ impl Made {
                 result
             }
             (Self::Container(container), Ok(())) => {
-                attend(channel, container.process(), until_end(container)).await
+                attend(channel, container.process(), monitor.until_removed(container)).await
             }
         };
         if let Self::Container(container) = &self {

@@ -1,11 +1,12 @@
 //! The share: the one directory of the host that the guest sees, and all it sees.
 //!
-//! It is a small tmpfs of its own, in which each container has
+//! It is a small tmpfs of its own, in which each container has a [`Place`], a directory whose name is a number, with
 //!
-//! * `ID/rootfs`, where the bundle's root file system is bind-mounted;
-//! * `ID/mounts/N`, where the source of the spec's mount N is, if it is a bind mount.
+//! * `rootfs`, where the bundle's root file system is bind-mounted;
+//! * `mounts/N`, where the source of the spec's mount N is, if it is a bind mount.
 //!
-//! The guest has it mounted at [`GUEST_SHARE_DIR`]; [`Share::add`] rewrites a spec's paths accordingly.
+//! The guest has it mounted at [`GUEST_SHARE_DIR`]; [`Share::add`] rewrites a spec's paths accordingly. No number is used twice: for as long as
+//! the guest may use a name without asking again, it would find what a removed container had there.
 //!
 //! Contract:
 //! * The process is in a mount namespace of its own ([`enter_mount_namespace`]), so all these mounts vanish with it and the VMM, however they
@@ -23,6 +24,7 @@ mod mount_points;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -34,7 +36,6 @@ use rustix::mount::{
 };
 
 use crate::bundle::{Bind, Bundle};
-use crate::container_id::ContainerId;
 use crate::sys::{self, MountAttr};
 
 pub use mount_points::MountPointError;
@@ -104,6 +105,18 @@ pub struct Share {
     /// The same tmpfs, writable and without the mounts in it; not attached anywhere.
     writable: OwnedFd,
     mounted: Mounted,
+    next: AtomicU64,
+}
+
+/// A container's directory in the share.
+#[derive(Debug)]
+pub struct Place(String);
+
+impl Place {
+    /// Where the guest has it.
+    pub fn in_guest(&self) -> PathBuf {
+        Path::new(GUEST_SHARE_DIR).join(&self.0)
+    }
 }
 
 /// Unmounts what is mounted at a path when dropped.
@@ -144,7 +157,7 @@ impl Share {
             MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED, ..MountAttr::default() };
         sys::mount_setattr(&root, false, read_only)
             .map_err(|source| ShareError::Attach { path: path.to_owned(), source })?;
-        Ok(Self { root, writable, mounted })
+        Ok(Self { root, writable, mounted, next: AtomicU64::new(0) })
     }
 
     /// The directory that the VMM serves.
@@ -155,8 +168,19 @@ impl Share {
     /// Adds what a container needs, and returns its spec with the paths the guest has for it.
     ///
     /// # Errors
-    /// [`ShareError`].
-    pub fn add(&self, id: &ContainerId, bundle: &Bundle) -> Result<Spec, ShareError> {
+    /// [`ShareError`]; nothing is left of it then.
+    pub fn add(&self, bundle: &Bundle) -> Result<(Spec, Place), ShareError> {
+        let place = Place(self.next.fetch_add(1, Ordering::Relaxed).to_string());
+        match self.fill(&place, bundle) {
+            Ok(spec) => Ok((spec, place)),
+            Err(error) => {
+                self.remove(&place, bundle);
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, place: &Place, bundle: &Bundle) -> Result<Spec, ShareError> {
         let mut spec = bundle.spec().clone();
         if let Some(hooks) = spec.hooks_mut() {
             // The engine runs these, on the host.
@@ -164,11 +188,11 @@ impl Share {
             hooks.set_prestart(None);
             hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
         }
-        let guest = Path::new(GUEST_SHARE_DIR).join(id.as_str());
+        let (guest, place) = (place.in_guest(), &place.0);
         let step = |step| move |source| ShareError::Make { step, source };
-        self.make_directory(id.as_str()).map_err(step("make the container's directory in the share"))?;
+        self.make_directory(place).map_err(step("make the container's directory in the share"))?;
 
-        let rootfs = format!("{id}/rootfs");
+        let rootfs = format!("{place}/rootfs");
         self.make_directory(&rootfs).map_err(step("make the root directory in the share"))?;
         let attach_root = |source| ShareError::Attach { path: bundle.rootfs_path().to_owned(), source };
         let tree = clone_tree(bundle.rootfs(), true).map_err(|e| attach_root(e.into()))?;
@@ -182,30 +206,30 @@ impl Share {
             root.set_path(guest.join("rootfs"));
         }
 
-        self.make_directory(&format!("{id}/mounts"))
+        self.make_directory(&format!("{place}/mounts"))
             .map_err(step("make the mounts directory in the share"))?;
         for bind in bundle.binds() {
-            let place = format!("mounts/{}", bind.index());
-            self.add_bind(bind, &format!("{id}/{place}"))
+            let name = format!("mounts/{}", bind.index());
+            self.add_bind(bind, &format!("{place}/{name}"))
                 .map_err(|source| ShareError::Attach { path: bind.path().to_owned(), source })?;
             if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
-                mount.set_source(Some(guest.join(place)));
+                mount.set_source(Some(guest.join(name)));
             }
         }
         Ok(spec)
     }
 
-    /// Takes away what [`Share::add`] has added for a container; the guest must have let go of it, or loses it.
-    pub fn remove(&self, id: &ContainerId, bundle: &Bundle) {
-        let directory = self.mounted.0.join(id.as_str());
+    /// Takes away what [`Share::add`] has added for a container. What the guest has still open goes on to work.
+    pub fn remove(&self, Place(place): &Place, bundle: &Bundle) {
+        let directory = self.mounted.0.join(place);
         let binds =
             bundle.binds().iter().map(|bind| (format!("mounts/{}", bind.index()), bind.is_directory()));
-        for (place, is_directory) in binds.chain([("rootfs".to_owned(), true)]) {
-            let _ = unmount(directory.join(&place), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        for (name, is_directory) in binds.chain([("rootfs".to_owned(), true)]) {
+            let _ = unmount(directory.join(&name), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
             let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-            let _ = rustix::fs::unlinkat(&self.writable, format!("{id}/{place}"), flags);
+            let _ = rustix::fs::unlinkat(&self.writable, format!("{place}/{name}"), flags);
         }
-        for place in [format!("{id}/mounts"), id.to_string()] {
+        for place in [format!("{place}/mounts"), place.clone()] {
             if let Err(error) = rustix::fs::unlinkat(&self.writable, &place, AtFlags::REMOVEDIR) {
                 tracing::debug!(place, %error, "remove from the share");
             }

@@ -23,7 +23,6 @@ fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
 struct Fixture {
     dir: tempfile::TempDir,
     share: Share,
-    id: ContainerId,
 }
 
 impl Fixture {
@@ -35,14 +34,14 @@ impl Fixture {
         fs::write(dir.path().join("bundle/rootfs/etc/motd"), "hello").unwrap();
         fs::write(dir.path().join("file"), "a file").unwrap();
         let share = Share::mount(namespace, &dir.path().join("share")).unwrap();
-        Self { dir, share, id: "c1".parse().unwrap() }
+        Self { dir, share }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn add(&self, read_only: bool, mounts: &serde_json::Value) -> Result<Spec, ShareError> {
+    fn add(&self, read_only: bool, mounts: &serde_json::Value) -> Result<(Spec, Place), ShareError> {
         let config = json!({
             "ociVersion": "1.2.0",
             "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/work/here"},
@@ -51,7 +50,11 @@ impl Fixture {
             "linux": {"namespaces": [{"type": "mount"}]},
         });
         fs::write(self.path("bundle/config.json"), config.to_string()).unwrap();
-        self.share.add(&self.id, &Bundle::load(&self.path("bundle")).unwrap())
+        self.share.add(&self.bundle())
+    }
+
+    fn bundle(&self) -> Bundle {
+        Bundle::load(&self.path("bundle")).unwrap()
     }
 
     fn bind(&self, source: &str, options: &[&str]) -> serde_json::Value {
@@ -63,17 +66,17 @@ impl Fixture {
 fn guest_sees_the_root_and_the_spec_says_where() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
-        let spec = f.add(false, &f.bind("data", &["rbind"])).unwrap();
-        assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/run/kvrun/share/c1/rootfs"));
+        let (spec, _) = f.add(false, &f.bind("data", &["rbind"])).unwrap();
+        assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/run/kvrun/share/0/rootfs"));
         let source = spec.mounts().as_ref().unwrap()[0].source().clone().unwrap();
-        assert_eq!(source, Path::new("/run/kvrun/share/c1/mounts/0"));
+        assert_eq!(source, Path::new("/run/kvrun/share/0/mounts/0"));
 
-        assert_eq!(fs::read_to_string(f.path("share/c1/rootfs/etc/motd")).unwrap(), "hello");
+        assert_eq!(fs::read_to_string(f.path("share/0/rootfs/etc/motd")).unwrap(), "hello");
         // The working directory is made if it is missing; mount points are left to the agent.
         assert!(f.path("bundle/rootfs/work/here").is_dir() && !f.path("bundle/rootfs/mnt").exists());
-        fs::write(f.path("share/c1/rootfs/new"), "from the guest").unwrap();
+        fs::write(f.path("share/0/rootfs/new"), "from the guest").unwrap();
         assert_eq!(fs::read_to_string(f.path("bundle/rootfs/new")).unwrap(), "from the guest");
-        fs::write(f.path("share/c1/mounts/0/new"), "too").unwrap();
+        fs::write(f.path("share/0/mounts/0/new"), "too").unwrap();
         assert_eq!(fs::read_to_string(f.path("data/new")).unwrap(), "too");
     });
 }
@@ -83,7 +86,7 @@ fn file_is_shared_as_a_file() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
         f.add(false, &f.bind("file", &["bind"])).unwrap();
-        assert_eq!(fs::read_to_string(f.path("share/c1/mounts/0")).unwrap(), "a file");
+        assert_eq!(fs::read_to_string(f.path("share/0/mounts/0")).unwrap(), "a file");
     });
 }
 
@@ -92,7 +95,7 @@ fn share_itself_cannot_be_filled_by_the_guest() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
         f.add(false, &json!([])).unwrap();
-        for place in ["share/x", "share/c1/x", "share/c1/mounts/x"] {
+        for place in ["share/x", "share/0/x", "share/0/mounts/x"] {
             let error = fs::write(f.path(place), "x").unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
         }
@@ -104,7 +107,7 @@ fn read_only_root_is_read_only_and_has_its_mount_points() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
         f.add(true, &f.bind("file", &["bind"])).unwrap();
-        let error = fs::write(f.path("share/c1/rootfs/x"), "x").unwrap_err();
+        let error = fs::write(f.path("share/0/rootfs/x"), "x").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
         assert!(f.path("bundle/rootfs/mnt").is_file());
         assert!(f.path("bundle/rootfs/work/here").is_dir());
@@ -126,15 +129,13 @@ fn read_only_bind_leaves_mounts_below_it_unless_recursive() {
         let f = Fixture::new(namespace);
         mount_below(&f);
         f.add(false, &f.bind("data", &["rbind", "ro"])).unwrap();
-        let write = |id: &str, name: &str| fs::write(f.path(&format!("share/{id}/mounts/0/{name}")), "x");
-        assert_eq!(write("c1", "x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
-        write("c1", "below/x").unwrap();
+        let write = |name: &str| fs::write(f.path(&format!("share/{name}")), "x");
+        assert_eq!(write("0/mounts/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        write("0/mounts/0/below/x").unwrap();
 
-        let f2 = Fixture { id: "c2".parse().unwrap(), dir: f.dir, share: f.share };
-        f2.add(false, &f2.bind("data", &["rbind", "rro"])).unwrap();
-        let write = |name: &str| fs::write(f2.path(&format!("share/c2/mounts/0/{name}")), "x");
-        assert_eq!(write("x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
-        assert_eq!(write("below/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        f.add(false, &f.bind("data", &["rbind", "rro"])).unwrap();
+        assert_eq!(write("1/mounts/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(write("1/mounts/0/below/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
     });
 }
 
@@ -145,7 +146,7 @@ fn bind_that_is_not_recursive_leaves_out_what_is_mounted_below() {
         mount_below(&f);
         fs::write(f.path("data/below/x"), "x").unwrap();
         f.add(false, &f.bind("data", &["bind"])).unwrap();
-        assert!(!f.path("share/c1/mounts/0/below/x").exists());
+        assert!(!f.path("share/0/mounts/0/below/x").exists());
     });
 }
 
@@ -159,16 +160,36 @@ fn device_nodes_in_the_share_do_not_open_on_the_host() {
         rustix::fs::mknodat(CWD, &node, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor))
             .unwrap();
         f.add(false, &json!([])).unwrap();
-        let error = fs::File::open(f.path("share/c1/rootfs/null")).unwrap_err();
+        let error = fs::File::open(f.path("share/0/rootfs/null")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    });
+}
+
+#[test]
+fn removed_container_leaves_nothing_and_its_place_is_not_used_again() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        let mounts = || fs::read_to_string("/proc/thread-self/mountinfo").unwrap().lines().count();
+        let before = mounts();
+        let (_, place) = f.add(false, &f.bind("file", &["bind"])).unwrap();
+        assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/0"));
+        f.share.remove(&place, &f.bundle());
+        assert_eq!(fs::read_dir(f.path("share")).unwrap().count(), 0);
+        // One that cannot be added leaves nothing either.
+        fs::write(f.path("bundle/rootfs/mnt"), "").unwrap();
+        let below = json!([{"destination": "/mnt/below", "type": "tmpfs"}]);
+        assert!(f.add(true, &below).is_err());
+        assert_eq!((fs::read_dir(f.path("share")).unwrap().count(), mounts()), (0, before));
+        let (_, place) = f.add(false, &json!([])).unwrap();
+        assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/2"));
     });
 }
 
 #[test]
 fn share_is_gone_when_dropped() {
     in_namespace(|namespace| {
-        let Fixture { dir, share, id } = Fixture::new(namespace);
-        drop((share, id));
+        let Fixture { dir, share } = Fixture::new(namespace);
+        drop(share);
         assert_eq!(fs::read_dir(dir.path().join("share")).unwrap().count(), 0);
         fs::remove_dir(dir.path().join("share")).unwrap();
     });

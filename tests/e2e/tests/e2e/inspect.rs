@@ -137,5 +137,18 @@ fn features_are_a_document(t: &Test) -> Result<()> {
         features["linux"]["cgroup"]["v2"] == true && features["linux"]["seccomp"]["enabled"] == true,
         "{features}"
     );
+    let hooks = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
+    ensure!(features["hooks"] == json!(hooks), "{features}");
+    // Each option that is named makes a mount, and one that is not named is left to the file system, which knows none of that name.
+    let options: Vec<&str> =
+        features["mountOptions"].as_array().context("no options")?.iter().filter_map(Value::as_str).collect();
+    let bundle = t.script("true")?.with(|spec| {
+        for (number, option) in options.iter().enumerate().filter(|(_, option)| !option.ends_with("bind") && !option.ends_with("idmap")) {
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                mounts.push(json!({"destination": format!("/mnt/{number}"), "type": "tmpfs", "source": "tmpfs", "options": [option]}));
+            }
+        }
+    })?;
+    t.run(&bundle)?.exited(0).stdout("").stderr("");
     Ok(())
 }

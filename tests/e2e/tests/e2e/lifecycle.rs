@@ -1,10 +1,12 @@
 //! `create`, `start`, `state`, `kill`, `delete`, `list`: what each command does in each state (runtime.md, "Lifecycle", "Operations").
 
 use std::fs;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::{Case, Test, cases, process, time};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::{Value, json};
 
@@ -21,9 +23,11 @@ pub(crate) const CASES: &[Case] = cases![
     killed_vmm_leaves_a_stopped_container_that_can_be_deleted,
     container_whose_monitor_hangs_can_be_killed_and_deleted,
     container_of_a_hanging_guest_is_killed_in_time,
+    output_that_nobody_reads_does_not_hold_the_end_up,
     detached_run_is_create_and_start,
     detached_run_that_cannot_start_leaves_nothing,
     foreground_run_is_seen_and_can_be_killed_by_others,
+    kept_run_is_there_until_it_is_deleted,
     list_shows_every_container_and_its_state,
     error_goes_to_the_log_file_as_json,
     cgroup_on_the_host_goes_with_the_container,
@@ -225,6 +229,33 @@ fn container_of_a_hanging_guest_is_killed_in_time(t: &Test) -> Result<()> {
     Ok(())
 }
 
+fn output_that_nobody_reads_does_not_hold_the_end_up(t: &Test) -> Result<()> {
+    let bundle = t.script("while :; do echo 0123456789; done")?;
+    let (reader, writer) = std::io::pipe()?;
+    let probe = writer.try_clone()?;
+    let mut command = t.kvrun(["create", "-b", bundle.path().to_str().context("ASCII")?, t.id()]);
+    let status = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "create: {status}");
+    drop(command);
+    t.command("start")?;
+    let deadline = Instant::now() + time::scaled(time::RUN);
+    let room = || poll(&mut [PollFd::new(&probe, PollFlags::OUT)], Some(&Timespec::default()));
+    while room()? > 0 {
+        ensure!(Instant::now() < deadline, "the pipe is not filled");
+        std::thread::yield_now();
+    }
+    let began = Instant::now();
+    t.invoke(&["kill", t.id(), "KILL"])?.exited(0).stderr("");
+    while t.status()? != "stopped" {
+        ensure!(began.elapsed() < time::scaled(BOUND), "it has not stopped after {:?}", began.elapsed());
+    }
+    let began = Instant::now();
+    t.command("delete")?;
+    ensure!(began.elapsed() < time::scaled(BOUND), "it took {:?}", began.elapsed());
+    drop(reader);
+    Ok(())
+}
+
 fn detached_run_is_create_and_start(t: &Test) -> Result<()> {
     let bundle = t.script("echo here; exit 4")?;
     let left = t.leave(&["run", "-d", "-b", bundle.path().to_str().context("ASCII")?], t.id())?;
@@ -255,6 +286,18 @@ fn foreground_run_is_seen_and_can_be_killed_by_others(t: &Test) -> Result<()> {
     t.invoke(&["kill", t.id(), "9"])?.exited(0);
     run.wait()?.exited(137).stdout("ready\n").stderr("");
     t.invoke(&["state", t.id()])?.exited(1).error(&["does not exist"]);
+    Ok(())
+}
+
+fn kept_run_is_there_until_it_is_deleted(t: &Test) -> Result<()> {
+    let bundle = t.script("echo here; exit 6")?;
+    let path = bundle.path().to_str().context("ASCII")?;
+    t.invoke(&["run", "--keep", "-b", path, t.id()])?.exited(6).stdout("here\n").stderr("");
+    ensure!(t.status()? == "stopped", "not stopped");
+    t.invoke(&["run", "-b", path, t.id()])?.exited(1).error(&[t.id(), "in use"]);
+    t.command("delete")?;
+    t.run(&bundle)?.exited(6);
+    t.invoke(&["list", "-q"])?.exited(0).stdout("");
     Ok(())
 }
 

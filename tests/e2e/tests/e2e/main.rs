@@ -17,6 +17,7 @@ mod installation;
 mod lifecycle;
 mod network;
 mod parallel;
+mod pods;
 mod process;
 mod resources;
 mod signals;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         network::CASES,
         engines::podman::CASES,
         engines::docker::CASES,
+        pods::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)

@@ -40,7 +40,9 @@ fn hooks_run_in_the_container_before_its_program(t: &Test) -> Result<()> {
         let state: Value = serde_json::from_str(line)?;
         ensure!(state["status"] == status && state["id"] == t.id() && state["pid"] == 1, "{state}");
         ensure!(
-            state["ociVersion"] == "1.2.0" && state["annotations"]["some.key"] == "some value",
+            state["ociVersion"] == "1.2.0"
+                && state["annotations"]["some.key"] == "some value"
+                && state["bundle"] == json!(bundle.path()),
             "{state}"
         );
     }
