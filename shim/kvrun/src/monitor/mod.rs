@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvrun_pod::bundle::{Bundle, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess};
+use kvrun_pod::bundle::{self, Bundle, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
-use kvrun_pod::network::{Identity, NetworkNamespace};
+use kvrun_pod::network::{self, Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
@@ -202,12 +202,7 @@ impl Monitor {
         if container.status() != Status::Created {
             return Err(container.wrong_state("start"));
         }
-        if container.record().sandbox.is_none()
-            && let Some(network) = &mut *self.links.lock().await
-        {
-            // Engines that name no namespace configure it when they know the container's process.
-            network.update(&self.pod).await?;
-        }
+        self.join_network(container).await?;
         // First, because the program may be seen to run before we hear of it. If it cannot run, its process ends.
         container.set(Status::Running)?;
         container.process.start().await?;
@@ -358,7 +353,10 @@ impl Monitor {
         if let Some(earlier) = earlier {
             self.remove(&earlier).await;
         }
-        let (spec, place) = self.share.add(&bundle)?;
+        let (mut spec, place) = self.share.add(&bundle)?;
+        if matches!(bundle.network(), HostNetwork::New) {
+            bundle::add_network_namespace(&mut spec);
+        }
         let created = async {
             run_creation_hooks(&bundle, &record, &self.home).await?;
             Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
@@ -375,22 +373,40 @@ impl Monitor {
         Ok((container, streams))
     }
 
-    /// All containers of a machine are on its network.
-    fn check_network(&self, id: &ContainerId, bundle: &Bundle) -> Result<(), Error> {
-        let same = match bundle.network() {
-            HostNetwork::None => true,
-            HostNetwork::New => false,
-            HostNetwork::Named { namespace, .. } => {
-                let identity = namespace.identity().map_err(host("look at the network namespace"))?;
-                identity == self.network
-            }
+    /// Gives the machine what its network namespace has by now: engines that name none configure it when they know the container's process.
+    async fn join_network(&self, container: &Container) -> Result<(), Error> {
+        let (id, process, is_first) = {
+            let record = container.record();
+            (record.id.clone(), record.process.pid, record.sandbox.is_none())
         };
-        if same {
-            return Ok(());
+        if is_first {
+            if let Some(network) = &mut *self.links.lock().await {
+                network.update(&self.pod).await?;
+            }
+        } else if matches!(container.bundle.network(), HostNetwork::New) {
+            let namespace = NetworkNamespace::open(Path::new(&format!("/proc/{process}/ns/net")));
+            let links = network::links(&namespace.map_err(host("open the network namespace"))?)?;
+            if let Some(link) = links.first() {
+                return Err(Error::Option(format!(
+                    "container {id} is in the machine of another one, and so cannot have a network of its own with link {link}: name the other one's network namespace in linux.namespaces"
+                )));
+            }
         }
-        Err(Error::Option(format!(
-            "linux.namespaces: container {id} is to be in the machine of another one, and so it must be in the same network namespace, by its path"
-        )))
+        Ok(())
+    }
+
+    /// All containers of a machine are on its network, or on none.
+    fn check_network(&self, id: &ContainerId, bundle: &Bundle) -> Result<(), Error> {
+        if let HostNetwork::Named { path, namespace } = bundle.network() {
+            let identity = namespace.identity().map_err(host("look at the network namespace"))?;
+            if identity != self.network {
+                return Err(Error::Option(format!(
+                    "linux.namespaces: container {id} is in the machine of another one, and so cannot be in the network namespace {}: name the other one's",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Takes a further container away, with whatever is left of it. May be called again, also while it is being taken away, or after that was given up.

@@ -24,7 +24,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 pub use mounts::{Bind, IdMap};
 use namespaces::Resolved;
 pub use namespaces::Siblings;
-use oci_spec::runtime::Hooks;
+use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
 pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
 
 use crate::container_id::ContainerId;
@@ -291,6 +291,17 @@ impl Bundle {
         if let (Some(process), Ok(size)) = (self.spec.process_mut(), size) {
             process.set_console_size(Some(size));
         }
+    }
+}
+
+/// Gives a container in the guest a network namespace of its own, with nothing but loopback.
+pub fn add_network_namespace(spec: &mut Spec) {
+    let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
+        return;
+    };
+    // It has no field without a default.
+    if let Ok(network) = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network).build() {
+        namespaces.push(network);
     }
 }
 

@@ -180,6 +180,16 @@ pub fn release(namespace: &NetworkNamespace) -> Result<(), NetworkError> {
     namespace.run(release).map_err(host(|| "enter the network namespace".to_owned()))?
 }
 
+/// The names of the links of a namespace that a guest could be on.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn links(namespace: &NetworkNamespace) -> Result<Vec<String>, NetworkError> {
+    let scan = namespace.run(|| Scan::of(&look()?.1, &[]));
+    let scan = scan.map_err(host(|| "enter the network namespace".to_owned()))??;
+    Ok(scan.links.into_iter().map(|link| link.name).collect())
+}
+
 /// What the calling thread's namespace has.
 fn look() -> Result<(Netlink, Lists), NetworkError> {
     let looked = Netlink::open().and_then(|mut netlink| Ok((Lists::read(&mut netlink)?, netlink)));

@@ -266,15 +266,21 @@ fn container_that_joins_the_namespace_of_another_is_in_its_machine(t: &Test) -> 
     let boot_id = t.invoke(&["exec", t.id(), "cat", "/proc/sys/kernel/random/boot_id"])?.exited(0).text();
     ensure!(text.starts_with(&boot_id) && text.contains("1 packets received"), "{boot_id}{text}");
     t.invoke(&["delete", &other_id])?.exited(0);
-    // A network of its own is not to be had in the same machine.
-    let other = t.script("true")?.with(|spec| {
+    // In the same machine, it can have none, but no other.
+    let none = t.script("ls /sys/class/net")?.with(|spec| {
         spec["annotations"] =
             json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": t.id()});
     })?;
-    let path = other.path().to_str().context("a path of ASCII")?;
-    t.invoke(&["create", "--bundle", path, &other_id])?
-        .exited(1)
-        .error(&["linux.namespaces", "network namespace"]);
+    let third = t.create_as(&other_id, &none)?;
+    t.invoke(&["start", &other_id])?.exited(0);
+    ensure!(third.end()? == 0 && third.text()? == "lo\n", "{}", third.text()?);
+    t.invoke(&["delete", &other_id])?.exited(0);
+    let third = t.create_as(&other_id, &none)?;
+    let _loose = Wire::loose(3)?;
+    netns::run(&format!("ip link set peer3 netns {} name eth0 up", third.pid()))?;
+    t.invoke(&["start", &other_id])?.exited(1).error(&["eth0", "network of its own"]);
+    t.invoke(&["delete", "--force", &other_id])?.exited(0);
+    third.end()?;
     t.invoke(&["kill", t.id(), "9"])?.exited(0);
     ensure!(first.end()? == 1009);
     t.command("delete")?;
