@@ -24,8 +24,8 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 pub use mounts::{Bind, IdMap};
 use namespaces::Resolved;
 pub use namespaces::Siblings;
-use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
 pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
 
 use crate::container_id::ContainerId;
 use crate::network::NetworkNamespace;

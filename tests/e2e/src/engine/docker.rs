@@ -162,6 +162,9 @@ fn containerd(test: &Test, dir: &Path) -> Result<Running> {
     test.environment(&mut command);
     command.arg("--config").arg(&path);
     let containerd = Running::start(&mut command)?.without_input();
-    containerd.stderr.until("successfully booted").with_context(|| format!("containerd: {:?}", containerd.stderr))?;
+    containerd
+        .stderr
+        .until("successfully booted")
+        .with_context(|| format!("containerd: {:?}", containerd.stderr))?;
     Ok(containerd)
 }
