@@ -299,6 +299,13 @@ fn what_a_guest_cannot_have_is_refused_by_name(t: &Test) -> Result<()> {
         ensure!(!qdiscs.contains("ingress"), "{qdiscs}");
         Ok(())
     };
+    for path in ["/proc/1/ns/net", "/proc/self/ns/net"] {
+        t.run(&in_namespace(t.script("true")?, path)?)?.exited(1).error(&[
+            "linux.namespaces",
+            path,
+            "of the host",
+        ]);
+    }
     refused(
         "tun",
         &["ip tuntap add mode tun tun0", "ip link set tun0 up"],
