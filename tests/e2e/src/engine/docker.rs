@@ -110,7 +110,7 @@ impl<'a> Docker<'a> {
     }
 
     /// A directory for the test's files.
-    pub fn dir(&self) -> &std::path::Path {
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 
