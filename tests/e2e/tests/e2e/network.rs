@@ -6,7 +6,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::netns::{self, MTU, Namespace, Wire};
-use kvrun_e2e::{Bundle, Case, Test, cases};
+use kvrun_e2e::{Bundle, Case, Test, cases, time};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -102,10 +102,11 @@ fn tcp_and_udp_go_both_ways(t: &Test) -> Result<()> {
         &format!(
             "nc {host} 4000 < /dev/null > /sent; nc -l -p 4001 < /dev/null > /got & \
              until grep -q ':0FA1 0*:0000 0A' /proc/net/tcp /proc/net/tcp6; do :; done; echo listening; wait; \
-             cmp /got /sent && echo same; echo ping | nc -u -w 1 {host} 4002"
+             cmp /got /sent && echo same; nslookup name.test {host} | grep -o NXDOMAIN"
         ),
     )?;
-    let udp = std::net::UdpSocket::bind((host.as_str(), 4002))?;
+    let udp = std::net::UdpSocket::bind((host.as_str(), 53))?;
+    udp.set_read_timeout(Some(time::scaled(time::RUN)))?;
     let sender = thread::spawn({
         let bytes = bytes.clone();
         move || -> Result<()> {
@@ -122,10 +123,14 @@ fn tcp_and_udp_go_both_ways(t: &Test) -> Result<()> {
     stream.write_all(&bytes)?;
     stream.shutdown(Shutdown::Write)?;
     stream.read_to_end(&mut Vec::new())?;
-    let mut buffer = [0; 64];
-    let (length, from) = udp.recv_from(&mut buffer)?;
-    ensure!(&buffer[..length] == b"ping\n" && from.ip().to_string() == wire.address(), "{from}");
-    run.wait()?.stdout("listening\nsame\n");
+    // A question to a name server: it is sent back as an answer (RFC 1035, 4.1.1: a response, of a name that does not exist).
+    let mut message = [0; 512];
+    let (length, from) = udp.recv_from(&mut message).context("no datagram from the container")?;
+    ensure!(from.ip().to_string() == wire.address(), "{from}");
+    message[2..4].copy_from_slice(&[0x81, 0x83]);
+    udp.send_to(&message[..length], from)?;
+    let text = run.wait()?.text();
+    ensure!(text.starts_with("listening\nsame\nNXDOMAIN\n"), "{text}");
     Ok(())
 }
 
