@@ -1,10 +1,12 @@
 //! podman.
 
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use rustix::mount::{UnmountFlags, unmount};
 
 use super::{IMAGE, image_archive, output, prepare_network};
 use crate::fixture::Test;
@@ -116,6 +118,20 @@ impl<'a> Podman<'a> {
     pub fn end(self) -> Result<()> {
         self.say(&["pod", "rm", "--all", "--force", "--time", "0"])?;
         self.say(&["rm", "--all", "--force", "--time", "0"])?;
-        self.say(&["system", "reset", "--force"]).map(drop)
+        self.say(&["system", "reset", "--force"])?;
+        // What podman and its network program keep as long as the host runs. `/run/kvrun` must be empty.
+        let _ = unmount("/run/netns", UnmountFlags::DETACH);
+        for dir in ["/run/containers", "/run/netns", "/run/podman", "/run/lock"] {
+            remove_if_there(fs::remove_dir_all(dir)).with_context(|| format!("cannot remove {dir}"))?;
+        }
+        remove_if_there(fs::remove_file("/dev/shm/libpod_lock"))?;
+        remove_if_there(fs::remove_dir("/run/kvrun")).context("kvrun has left something in /run/kvrun")
+    }
+}
+
+fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
