@@ -121,7 +121,7 @@ impl<'a> Podman<'a> {
         self.say(&["system", "reset", "--force"])?;
         // What podman and its network program keep as long as the host runs. `/run/kvrun` must be empty.
         let _ = unmount("/run/netns", UnmountFlags::DETACH);
-        for dir in ["/run/containers", "/run/netns", "/run/podman", "/run/lock"] {
+        for dir in ["/run/containers", "/run/libpod", "/run/lock", "/run/netns", "/run/podman"] {
             remove_if_there(fs::remove_dir_all(dir)).with_context(|| format!("cannot remove {dir}"))?;
         }
         remove_if_there(fs::remove_file("/dev/shm/libpod_lock"))?;
