@@ -117,7 +117,7 @@ pub(crate) fn main() -> Result<u8> {
         }
         Action::Exec { name, what } => {
             let signals = Signals::handle(client::block_signals()?);
-            client::run(supervisor::connect(&name)?, &what.into(), &signals)
+            client::run(supervisor::connect(&name)?, &what.into(), &signals, false)
         }
         Action::Down { name } => supervisor::stop(&name).map(|()| 0),
         Action::Supervise { name, commands, image, shape } => {
@@ -130,7 +130,8 @@ pub(crate) fn main() -> Result<u8> {
 fn run(image: &Path, shape: &Shape, request: &Request, signals: &Signals) -> Result<u8> {
     let mut machine = Machine::boot(image, shape, 1, None)?;
     let port = machine.ports[0].try_clone().context("duplicate the port")?;
-    match client::run(port, request, signals) {
+    // In deterministic time nothing may come from outside.
+    match client::run(port, request, signals, !shape.icount) {
         Ok(code) => machine.shut_down().map(|()| code),
         Err(error) => Err(anyhow!("{error:#}\n{}", machine.last_words())),
     }

@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 /// The signals that are passed on to the command.
 pub(crate) const PASSED: [Signal; 7] = [
@@ -26,15 +27,32 @@ pub(crate) fn block_signals() -> Result<SigSet> {
     Ok(signals)
 }
 
+/// How often a lab is nudged.
+const NUDGE: Duration = Duration::from_secs(1);
+
 /// Runs a command over `stream` and returns its exit code.
+///
+/// With `nudged` the lab gets an interrupt every second. QEMU 7.2's emulation of nested SVM can lose one: its vCPU thread changes the
+/// word of pending interrupts (target/i386/tcg/sysemu/svm_helper.c) while another thread sets one there. If it was the timer's, nothing
+/// happens in the lab any more, for no time passes in which another would come; seen as a lab whose every wait was endless, and which went
+/// on at once when it was sent a signal. Any later interrupt makes QEMU look at all that are pending.
 ///
 /// Standard input is forwarded by a thread that may outlive the call: it may be waiting for a terminal. The caller is
 /// expected to exit soon.
-pub(crate) fn run(mut stream: UnixStream, request: &Request, signals: &Signals) -> Result<u8> {
+pub(crate) fn run(mut stream: UnixStream, request: &Request, signals: &Signals, nudged: bool) -> Result<u8> {
     let to_lab = Arc::new(Mutex::new(stream.try_clone().context("duplicate the stream")?));
     let send = |kind, payload: &[u8]| send(&to_lab, kind, payload);
     send(Kind::Run, &request.encode()).context("send the command")?;
     signals.deliver_to(Arc::clone(&to_lab));
+    if nudged {
+        let to_lab = Arc::clone(&to_lab);
+        thread::spawn(move || {
+            // Until the lab is gone, or this process.
+            while self::send(&to_lab, Kind::Nudge, &[]).is_ok() {
+                thread::sleep(NUDGE);
+            }
+        });
+    }
     let window = Arc::new(Window::default());
     {
         let (window, to_lab) = (Arc::clone(&window), Arc::clone(&to_lab));

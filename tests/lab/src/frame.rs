@@ -1,6 +1,6 @@
 //! The protocol between host and lab: frames of one type byte, a little-endian `u32` payload length, and the payload.
 //!
-//! Host to lab: `Run`, then any number of `Stdin`, `StdinEnd`, `Signal`; `Kill` when the caller is gone; `PowerOff`.
+//! Host to lab: `Run`, then any number of `Stdin`, `StdinEnd`, `Signal`, `Nudge`; `Kill` when the caller is gone; `PowerOff`.
 //! Lab to host: `Hello` once per port, then per command `Stdout`, `Stderr`, `StdinTaken` and last `Exit`.
 //! The host sends at most [`STDIN_WINDOW`] bytes of input that the command has not taken, so the lab reads its port at all
 //! times and a signal never waits behind input that nobody reads. Frames that arrive after `Exit` belong to a command that
@@ -45,12 +45,14 @@ pub(crate) enum Kind {
     Exit = 10,
     /// Write everything out and power the lab off. Empty.
     PowerOff = 11,
+    /// Says nothing: that it arrives is an interrupt. Empty.
+    Nudge = 12,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        [Hello, Run, Stdin, StdinEnd, StdinTaken, Stdout, Stderr, Signal, Kill, Exit, PowerOff]
+        [Hello, Run, Stdin, StdinEnd, StdinTaken, Stdout, Stderr, Signal, Kill, Exit, PowerOff, Nudge]
             .into_iter()
             .find(|&kind| kind as u8 == byte)
     }
