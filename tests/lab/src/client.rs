@@ -32,10 +32,10 @@ const NUDGE: Duration = Duration::from_secs(1);
 
 /// Runs a command over `stream` and returns its exit code.
 ///
-/// With `nudged` the lab gets an interrupt every second. QEMU 7.2's emulation of nested SVM can lose one: its vCPU thread changes the
-/// word of pending interrupts (target/i386/tcg/sysemu/svm_helper.c) while another thread sets one there. If it was the timer's, nothing
-/// happens in the lab any more, for no time passes in which another would come; seen as a lab whose every wait was endless, and which went
-/// on at once when it was sent a signal. Any later interrupt makes QEMU look at all that are pending.
+/// With `nudged` the lab gets an interrupt every second. A lab has been seen whose CPU was idle and whose every wait was endless, and
+/// which went on at once when its command was sent a signal: as if QEMU's emulation had lost the interrupt of its timer, and found it
+/// pending with the next. Probably because the thread of the emulated CPU changes the word of pending interrupts, for nested SVM, while
+/// another thread sets one there; that has not been proven.
 ///
 /// Standard input is forwarded by a thread that may outlive the call: it may be waiting for a terminal. The caller is
 /// expected to exit soon.
