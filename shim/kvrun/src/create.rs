@@ -16,7 +16,7 @@ use crate::cli::process::CreateArgs;
 use crate::cli::{Global, Rootless};
 use crate::commands::{delete, start};
 use crate::daemon::{self, Parent, write_pid_file};
-use crate::engine::{Prepared, claim};
+use crate::engine::{Prepared, claim, enter_network, join_cgroup};
 use crate::error::{Error, host};
 use crate::log::Log;
 use crate::monitor::client::{Known, PATIENCE};
@@ -42,7 +42,7 @@ pub(crate) fn create(global: &Global, args: &CreateArgs, log: &Log) -> Result<()
         let bundle = Bundle::load_beside(&args.bundle, &|pid| stands_for(&global.root, pid))?;
         let console = Console::new(bundle.has_terminal(), args.console_socket.as_deref())?;
         let own = Creation { global, args, id: &id, console, parent };
-        match sandbox(&bundle, &id)? {
+        match sandbox(&global.root, &bundle, &id)? {
             None => own.monitor(&namespace, bundle, log),
             Some(sandbox) => own.join(&bundle, &sandbox),
         }
@@ -83,8 +83,8 @@ pub(crate) fn check_options(global: &Global, args: &CreateArgs) -> Result<(), Er
     Ok(())
 }
 
-/// The container in whose machine this one is to be, by its annotations.
-fn sandbox(bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Error> {
+/// The container in whose machine this one is to be: by its annotations, or because it joins namespaces of one that is there.
+fn sandbox(root: &Path, bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Error> {
     let annotations = bundle.annotations();
     for (kind, sandbox) in POD_ANNOTATIONS {
         if annotations.get(kind).is_some_and(|kind| kind == "container")
@@ -93,7 +93,9 @@ fn sandbox(bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Err
             return Ok(Some(sandbox.parse()?));
         }
     }
-    Ok(None)
+    let Some(sibling) = bundle.siblings().first() else { return Ok(None) };
+    let known = Known::get(root, sibling.as_str())?;
+    Ok(Some(known.record.sandbox.unwrap_or_else(|| sibling.clone())))
 }
 
 /// What a process that stays has as standard input and output.
@@ -189,10 +191,13 @@ impl Creation<'_> {
                 "container {sandbox} has no machine of its own, but is in that of {other}"
             )));
         }
+        enter_network(bundle)?;
         let (dir, record) = claim(root, self.id, |record| {
             record.sandbox = Some(sandbox.clone());
             describe(record, bundle)
         })?;
+        // What the container takes is on the machine's account; but this is where engines look for its process.
+        let _cgroup = join_cgroup(self.global, bundle, &dir)?;
         runtime()?.block_on(async {
             let signals = signals.listen().map_err(host("listen for signals"))?;
             let (stdio, terminal) = self.console.open()?;

@@ -41,7 +41,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
 
     let signals = signals::block().map_err(host("block signals"))?;
     let mut prepared = Prepared::new(global, &namespace, &id, &bundle, !keep)?;
-    let record = prepared.record().clone();
+    let (record, home) = (prepared.record().clone(), prepared.home());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     let code = runtime.block_on(async {
@@ -87,7 +87,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
     let kept = prepared.dir().is_kept();
     drop(prepared);
     if !kept {
-        delete::run_poststop(&record, log);
+        delete::run_poststop(&record, &home, log);
     }
     code
 }

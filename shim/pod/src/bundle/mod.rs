@@ -22,9 +22,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 
 pub use mounts::{Bind, IdMap};
+use namespaces::Resolved;
 pub use namespaces::Siblings;
-use oci_spec::runtime::Hooks;
 pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
+
+use crate::container_id::ContainerId;
+use crate::network::NetworkNamespace;
 
 /// The largest `config.json` in bytes: ten times what engines write, seccomp profile included, and small enough for one message
 /// to the agent.
@@ -112,6 +116,40 @@ pub struct Bundle {
     rootfs: OwnedFd,
     rootfs_path: PathBuf,
     binds: Vec<Bind>,
+    network: HostNetwork,
+    siblings: Vec<ContainerId>,
+}
+
+/// The network namespace that the config asks for.
+#[derive(Debug)]
+pub enum HostNetwork {
+    /// None: the container has no part in a network of the host.
+    None,
+    /// A new one, which an engine configures once it knows a process in it.
+    New,
+    /// One that is there.
+    Named {
+        /// Its path.
+        path: PathBuf,
+        /// The namespace.
+        namespace: NetworkNamespace,
+    },
+}
+
+impl HostNetwork {
+    fn open(config: &Path, named: Option<(usize, Option<PathBuf>)>) -> Result<Self, BundleError> {
+        match named {
+            None => Ok(Self::None),
+            Some((_, None)) => Ok(Self::New),
+            Some((index, Some(path))) => match NetworkNamespace::open(&path) {
+                Ok(namespace) => Ok(Self::Named { path, namespace }),
+                Err(source) => {
+                    let (config, field) = (config.to_owned(), format!("linux.namespaces[{index}].path"));
+                    Err(BundleError::Named { config, field, path, source })
+                }
+            },
+        }
+    }
 }
 
 impl Bundle {
@@ -143,9 +181,11 @@ impl Bundle {
         let mut spec = parse(&config, &bytes)?;
         let fault = |fault| BundleError::Field { path: config.clone(), fault };
         check::check(&spec).map_err(fault)?;
-        if let Some(linux) = spec.linux_mut() {
-            namespaces::resolve(linux, siblings).map_err(fault)?;
-        }
+        let resolved = match spec.linux_mut() {
+            Some(linux) => namespaces::resolve(linux, siblings).map_err(fault)?,
+            None => Resolved::default(),
+        };
+        let network = HostNetwork::open(&config, resolved.network)?;
 
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root, OFlags::NOFOLLOW)?;
@@ -158,7 +198,8 @@ impl Bundle {
             return Err(fault(Fault::new("root.path", problem)));
         }
         let binds = mounts::open_binds(&config, bundle.as_fd(), &spec)?;
-        Ok(Self { path: directory.to_owned(), spec, rootfs, rootfs_path, binds })
+        let (path, siblings) = (directory.to_owned(), resolved.siblings);
+        Ok(Self { path, spec, rootfs, rootfs_path, binds, network, siblings })
     }
 
     /// Its directory, as given.
@@ -189,6 +230,16 @@ impl Bundle {
     /// The bind mounts among its mounts.
     pub fn binds(&self) -> &[Bind] {
         &self.binds
+    }
+
+    /// Its network namespace. In [`Bundle::spec`] there is none: in the guest, all containers are on the network of the guest.
+    pub fn network(&self) -> &HostNetwork {
+        &self.network
+    }
+
+    /// The containers whose namespaces it joins.
+    pub fn siblings(&self) -> &[ContainerId] {
+        &self.siblings
     }
 
     /// Whether the process has a terminal.
@@ -240,6 +291,17 @@ impl Bundle {
         if let (Some(process), Ok(size)) = (self.spec.process_mut(), size) {
             process.set_console_size(Some(size));
         }
+    }
+}
+
+/// Gives a container in the guest a network namespace of its own, with nothing but loopback.
+pub fn add_network_namespace(spec: &mut Spec) {
+    let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
+        return;
+    };
+    // It has no field without a default.
+    if let Ok(network) = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network).build() {
+        namespaces.push(network);
     }
 }
 

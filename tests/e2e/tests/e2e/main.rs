@@ -14,6 +14,7 @@ mod hooks;
 mod inspect;
 mod installation;
 mod lifecycle;
+mod network;
 mod parallel;
 mod pods;
 mod process;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         exec::CASES,
         inspect::CASES,
         hooks::CASES,
+        network::CASES,
         pods::CASES,
     ];
     groups.extend(vm::GROUPS);
