@@ -48,7 +48,8 @@ fn memory_grows_is_used_and_shrinks_again(t: &Test) -> Result<()> {
     use_memory(&vm, 200)?;
     let used = host::anonymous_mib(t)?;
     ensure!(used >= alone + 150, "the host gave {alone} MiB, then {used}");
-    ensure!(vm.detach(FIRST_SLOT).is_err(), "memory is in use");
+    // Without a word to the guest, whose driver would be unbound for good.
+    ensure!(vm.block_on(vm.pod().vmm().detach(FIRST_SLOT)).is_err(), "memory is in use");
     resize(0)?;
     let (shrunk, back) = (meminfo(&vm, "MemTotal")?, host::anonymous_mib(t)?);
     eprintln!("guest: {booted} MiB, {grown}, {shrunk}; host: {alone} MiB, {used} used, {back} shrunk");
@@ -78,8 +79,9 @@ fn balloon_takes_memory_and_gives_it_back(t: &Test) -> Result<()> {
     ensure!(back + 64 <= used, "the host gave {used} MiB, then {back}");
     ensure!(vm.counter(FIRST_SLOT, "guest_total_bytes")? > 100 << 20);
     resize(0)?;
-    let again = meminfo(&vm, "MemFree")?;
-    ensure!(again + 16 >= free, "{free} MiB free, then {again}");
+    // Linux keeps up to an eighth of the memory on lists of its CPUs, where it is not counted, and takes it from there in time
+    // (Linux 6.12 mm/page_alloc.c, decay_pcp_high).
+    host::until("the guest has its memory", || Ok(meminfo(&vm, "MemFree")? + 16 >= free))?;
     // What was taken in small pages comes back in small pages, which takes an emulated machine long.
     use_memory(&vm, 32)
 }
