@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvrun_pod::assets::Assets;
-use kvrun_pod::bundle::{Bundle, HostNetwork};
+use kvrun_pod::bundle::{Bundle, Files, HostNetwork};
 use kvrun_pod::cgroup::HostCgroup;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
@@ -12,7 +12,7 @@ use kvrun_pod::network::{self, Network, NetworkNamespace};
 use kvrun_pod::pod::{self, Pod, Starting};
 use kvrun_pod::process::Process;
 use kvrun_pod::record::Record;
-use kvrun_pod::share::{MountNamespace, Share};
+use kvrun_pod::share::{MountNamespace, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -130,15 +130,17 @@ impl Prepared {
     pub(crate) async fn create(
         &mut self,
         bundle: &Bundle,
+        files: Files,
         wanted: Wanted,
     ) -> Result<(Pod, Process, Streams), Error> {
         let starting = Starting::spawn(&self.assets, pod::machine(self.size), self.share.directory())?;
         // If this process is killed, somebody else may have to end the VMM. One that has ended already is reported below.
         self.record.vmm = starting.vmm().process().ok();
         self.record.write(self.dir.as_fd()).map_err(host("write the container's record"))?;
-        // While the guest boots.
-        // Its place in the share is there for as long as the machine.
-        let (spec, _) = self.share.add(bundle)?;
+        // While the guest boots. Its place in the share is there for as long as the machine.
+        let (spec, _) = self.share.add(bundle, Trees::of(bundle, &files)?)?;
+        // Or the engine could not unmount them.
+        drop(files);
         let pod = starting.ready().await?;
         run_creation_hooks(bundle, &self.record, &self.home).await?;
         if let Some(network) = &mut *self.links.lock().await {

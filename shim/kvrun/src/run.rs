@@ -33,7 +33,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
     }
     // Before anything is opened that is to be shared: a mount of another namespace cannot be cloned.
     let namespace = share::enter_mount_namespace()?;
-    let mut bundle = Bundle::load(&args.bundle)?;
+    let (mut bundle, files) = Bundle::load(&args.bundle)?;
     let terminal = if bundle.has_terminal() { Some(find_terminal()?) } else { None };
     if let Some((rows, columns)) = terminal.as_ref().and_then(Terminal::size) {
         bundle.set_console_size(rows, columns);
@@ -50,7 +50,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
         let mut early = Vec::new();
         let created = tokio::select! {
             biased;
-            created = prepared.create(&bundle, stdio.wanted()) => created?,
+            created = prepared.create(&bundle, files, stdio.wanted()) => created?,
             signal = aborted(&signals, &mut early) => return Ok(128_u8.saturating_add(signal? as u8)),
         };
         let (pod, process, streams) = created;

@@ -15,20 +15,23 @@ pub(crate) mod protocol;
 mod server;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvrun_pod::bundle::{self, Bundle, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess};
+use kvrun_pod::bundle::{
+    self, Bundle, HandedOver, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess,
+};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
 use kvrun_pod::network::{self, Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::{Place, Share};
+use kvrun_pod::share::{Place, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -65,6 +68,18 @@ pub(crate) struct Monitor {
     /// Further processes that may be made at the same time.
     making: Semaphore,
     leave: Notify,
+}
+
+/// What a container that joins the machine comes with.
+#[derive(Debug)]
+pub(crate) struct Handed {
+    /// Its state directory, in which there is a record already.
+    dir: OwnedFd,
+    /// The text of its config.
+    config: File,
+    network: NetworkNamespace,
+    /// Its files.
+    trees: Trees,
 }
 
 /// A container in the machine.
@@ -329,24 +344,24 @@ impl Monitor {
         Ok(self.pod.or_death(self.pod.agent().update(&id, json)).await?)
     }
 
-    /// Creates a further container in the machine. `dir` is its state directory, in which there is a record already.
+    /// Creates a further container in the machine.
     async fn create(
         &self,
         bundle: &Path,
-        dir: OwnedFd,
+        handed: Handed,
         wanted: Wanted,
     ) -> Result<(Arc<Container>, Streams), Error> {
+        let Handed { dir, config, network, trees } = handed;
         let missing = || io::Error::from(io::ErrorKind::InvalidData);
         let record = Record::read(dir.as_fd()).and_then(|record| record.ok_or_else(missing));
-        let mut record = record.map_err(host("read the container's record"))?;
+        let record = record.map_err(host("read the container's record"))?;
         // Namespaces of the containers of this machine may be joined, and no others.
         let sibling = |pid| {
             let containers = self.containers();
             let mut all = containers.values().map(|container| container.record());
             all.find(|record| record.process.pid == pid).map(|record| record.id.clone())
         };
-        let bundle = Bundle::load_beside(bundle, &sibling)?;
-        describe(&mut record, &bundle)?;
+        let bundle = Bundle::handed_over(bundle, HandedOver { config, network, trees: &trees }, &sibling)?;
         let id = record.id.clone();
         self.check_network(&id, &bundle)?;
         // The ID is the caller's now, so one that has it still is about to go.
@@ -354,7 +369,7 @@ impl Monitor {
         if let Some(earlier) = earlier {
             self.remove(&earlier).await;
         }
-        let (mut spec, place) = self.share.add(&bundle)?;
+        let (mut spec, place) = self.share.add(&bundle, trees)?;
         if matches!(bundle.network(), HostNetwork::New) {
             bundle::add_network_namespace(&mut spec);
         }

@@ -81,7 +81,7 @@ fn good_bundle_is_taken() {
         );
         c["unknownToTheSpecification"] = json!({"is": "ignored"});
     });
-    let bundle = Bundle::load(dir.path()).unwrap();
+    let (bundle, _) = Bundle::load(dir.path()).unwrap();
     assert!(bundle.is_root_read_only());
     assert_eq!(bundle.memory_limit(), Some(1_048_576));
     let [a, b] = bundle.binds() else { panic!("two bind mounts") };
@@ -108,7 +108,7 @@ fn later_mount_options_undo_earlier_ones() {
         let options = json!(["bind", "ro", "rw", "rslave", "rprivate"]);
         push(&mut c["mounts"], json!({"destination": "/a", "source": "rootfs", "options": options}));
     });
-    let bundle = Bundle::load(dir.path()).unwrap();
+    let (bundle, _) = Bundle::load(dir.path()).unwrap();
     assert!(!bundle.binds()[0].is_read_only() && !bundle.binds()[0].follows_host());
 }
 
@@ -254,7 +254,7 @@ fn namespaces_of_a_sibling_are_found_in_the_guest() {
     let siblings = |pid| (pid == 77).then(|| "infra".parse().unwrap());
     let load = |kind: &str, path: &str| {
         let dir = with(|c| push(&mut c["linux"]["namespaces"], json!({"type": kind, "path": path})));
-        Bundle::load_beside(dir.path(), &siblings).map_err(|e| chain(&e))
+        Bundle::load_beside(dir.path(), &siblings).map(|(bundle, _)| bundle).map_err(|e| chain(&e))
     };
     let bundle = load("ipc", "/proc/77/ns/ipc").unwrap();
     let namespaces = bundle.spec().linux().as_ref().unwrap().namespaces().clone().unwrap();
@@ -280,7 +280,7 @@ fn network_namespace_is_the_hosts_and_none_in_the_guest() {
                 push(&mut c["linux"]["namespaces"], network);
             }
         });
-        Bundle::load(dir.path()).map_err(|e| chain(&e))
+        Bundle::load(dir.path()).map(|(bundle, _)| bundle).map_err(|e| chain(&e))
     };
     assert!(matches!(load(None).unwrap().network(), HostNetwork::None));
     let new = load(Some(json!({"type": "network"}))).unwrap();
@@ -340,7 +340,7 @@ fn id_mapped_mounts_need_mappings_and_a_bind_mount() {
     let mount = |mount: Value| move |c: &mut Value| push(&mut c["mounts"], mount);
     let own = json!({"destination": "/a", "type": "bind", "source": "rootfs", "options": ["bind", "ridmap"],
         "uidMappings": ids, "gidMappings": ids});
-    let bundle = Bundle::load(with(mount(own)).path()).unwrap();
+    let (bundle, _) = Bundle::load(with(mount(own)).path()).unwrap();
     let map = bundle.binds()[0].id_map().unwrap();
     assert_eq!((map.uids.as_str(), map.gids.as_str(), map.recursive), ("0 1000 10\n", "0 1000 10\n", true));
     refused(

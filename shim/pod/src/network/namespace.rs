@@ -28,9 +28,7 @@ impl NetworkNamespace {
     pub fn open(path: &Path) -> io::Result<Self> {
         // As a path first: to open anything but a namespace may have effects, or take forever.
         let named = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        if fstatfs(&named)?.f_type as u64 != NSFS_MAGIC {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a namespace"));
-        }
+        check(&named)?;
         let opened = File::open(format!("/proc/self/fd/{}", named.as_raw_fd()))?;
         Ok(Self(opened.into()))
     }
@@ -73,6 +71,23 @@ impl NetworkNamespace {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
+}
+
+/// A descriptor of one.
+impl TryFrom<OwnedFd> for NetworkNamespace {
+    type Error = io::Error;
+
+    fn try_from(descriptor: OwnedFd) -> io::Result<Self> {
+        check(&descriptor)?;
+        Ok(Self(descriptor))
+    }
+}
+
+fn check(namespace: &OwnedFd) -> io::Result<()> {
+    if fstatfs(namespace)?.f_type as u64 != NSFS_MAGIC {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a namespace"));
+    }
+    Ok(())
 }
 
 impl AsFd for NetworkNamespace {

@@ -6,6 +6,7 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod engines;
 mod exec;
 mod exit;
 mod faults;
@@ -59,6 +60,8 @@ fn main() -> ExitCode {
         inspect::CASES,
         hooks::CASES,
         network::CASES,
+        engines::podman::CASES,
+        engines::docker::CASES,
         pods::CASES,
     ];
     groups.extend(vm::GROUPS);
