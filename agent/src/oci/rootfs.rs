@@ -199,7 +199,8 @@ impl Root {
             }
         };
         if options.copy_up {
-            copy_up::copy(&target, &tree)
+            let says = |name: &str| options.data.iter().any(|(option, _)| option == name);
+            copy_up::copy(&target, &tree, says)
                 .map_err(system(what("tmpcopyup: copy what the image has there")))?;
         }
         let mut attr = options.attr;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::{IMAGE, image_archive, output, prepare_network};
+use super::{IMAGE, image_archive, output, prepare_network, remove_directories};
 use crate::fixture::Test;
 use crate::process::{Outcome, Running};
 use crate::terminal::{Terminal, on_terminal};
@@ -132,7 +132,7 @@ impl<'a> Docker<'a> {
         self.daemon.wait()?.exited(0);
         self.containerd.signal(Signal::TERM)?;
         self.containerd.wait()?.exited(0);
-        Ok(())
+        remove_directories(&["/run/containerd", "/run/docker"])
     }
 }
 

@@ -6,7 +6,8 @@
 mod docker;
 mod podman;
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 use std::process::Command;
 
@@ -42,4 +43,19 @@ fn output(mut command: Command) -> Result<String> {
     let said = Running::start(&mut command)?.without_input().wait()?;
     ensure!(said.status.success(), "{command:?}: {said}");
     Ok(said.text())
+}
+
+/// Removes what engines themselves keep in `/run` as long as the host runs.
+fn remove_directories(dirs: &[&str]) -> Result<()> {
+    for dir in dirs {
+        remove_if_there(fs::remove_dir_all(dir)).with_context(|| format!("cannot remove {dir}"))?;
+    }
+    Ok(())
+}
+
+fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }

@@ -1,14 +1,13 @@
 //! podman.
 
 use std::fs;
-use std::io;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::{IMAGE, image_archive, output, prepare_network};
+use super::{IMAGE, image_archive, output, prepare_network, remove_directories, remove_if_there};
 use crate::fixture::Test;
 use crate::process::{Outcome, Running};
 use crate::terminal::{Terminal, on_terminal};
@@ -121,17 +120,8 @@ impl<'a> Podman<'a> {
         self.say(&["system", "reset", "--force"])?;
         // What podman and its network program keep as long as the host runs. `/run/kvrun` must be empty.
         let _ = unmount("/run/netns", UnmountFlags::DETACH);
-        for dir in ["/run/containers", "/run/libpod", "/run/lock", "/run/netns", "/run/podman"] {
-            remove_if_there(fs::remove_dir_all(dir)).with_context(|| format!("cannot remove {dir}"))?;
-        }
+        remove_directories(&["/run/containers", "/run/libpod", "/run/lock", "/run/netns", "/run/podman"])?;
         remove_if_there(fs::remove_file("/dev/shm/libpod_lock"))?;
         remove_if_there(fs::remove_dir("/run/kvrun")).context("kvrun has left something in /run/kvrun")
-    }
-}
-
-fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
     }
 }
