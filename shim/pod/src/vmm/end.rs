@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::process::{Child, Status, reap};
+use super::violation::{self, Violation};
 use super::{Closed, Control};
 use crate::text;
 
@@ -32,6 +33,9 @@ pub enum Death {
     /// The VMM said so.
     #[error("{}", text::one_line(&.0.to_string(), 500))]
     Reported(ExitReason),
+    /// The VMM made a system call that its filter does not allow.
+    #[error("its VMM, kvrun-vmm, was killed by its seccomp filter{}", .0.as_ref().map_or_else(String::new, |v| format!(": {v}")))]
+    Filtered(Option<Violation>),
     /// The VMM was killed.
     #[error("its VMM, kvrun-vmm, was killed by signal {0}")]
     Signaled(i32),
@@ -109,6 +113,9 @@ async fn watch_until_end(control: &Control, stderr: pipe::Receiver, pidfd: Async
         (Closed::ByPeer(Some((reason, console_tail))), _) => (Death::Reported(reason), console_tail),
         (Closed::ByPeer(None), _) if killed.is_some() => {
             (Death::Killed(killed.unwrap_or_default()), String::new())
+        }
+        (Closed::ByPeer(None), Status::Signaled(libc::SIGSYS)) => {
+            (Death::Filtered(violation::last()), String::new())
         }
         (Closed::ByPeer(None), Status::Signaled(signal)) => (Death::Signaled(signal), String::new()),
         (Closed::ByPeer(None), Status::Exited(code)) => (Death::Exited(code), String::new()),

@@ -184,6 +184,17 @@ fn killed_vmm_says_by_which_signal() {
 }
 
 #[test]
+fn vmm_killed_by_its_filter_says_so() {
+    run(async {
+        let vmm = fake(|fake| while fake.next().is_some() {});
+        rustix::process::pidfd_send_signal(vmm.process.pidfd(), rustix::process::Signal::SYS).unwrap();
+        let end = vmm.ended().await;
+        assert!(matches!(end.death, Death::Filtered(_)), "{}", end.death);
+        assert!(end.death.to_string().contains("killed by its seccomp filter"), "{}", end.death);
+    });
+}
+
+#[test]
 fn vmm_that_closes_its_socket_but_lives_on_is_killed() {
     run(async {
         let vmm = fake(|fake| {

@@ -1,0 +1,93 @@
+//! Makes the system call filters from their table, so that the program has them ready as constants.
+
+#![allow(dead_code, unreachable_pub, reason = "the table is also part of the program")]
+
+#[path = "src/thread/class.rs"]
+mod class;
+#[path = "src/thread/table.rs"]
+mod table;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::error::Error;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use class::Class;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+use table::{Condition, RULES, Rule};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    for path in ["build.rs", "src/thread/class.rs", "src/thread/table.rs"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let mut code = String::new();
+    for class in Class::ALL {
+        let name = match class {
+            Class::Main => "MAIN",
+            Class::Vcpu => "VCPU",
+            Class::EventLoop => "EVENT_LOOP",
+            Class::Fs => "FS",
+            Class::Blk => "BLK",
+            Class::Net => "NET",
+            Class::Spawner => "SPAWNER",
+        };
+        // The spawner hands its filter down, so it allows what the filters of all others may.
+        let rules = RULES.iter().filter(|rule| class == Class::Spawner || rule.who.contains(&class));
+        let filter = compile(rules, SeccompAction::KillProcess, SeccompAction::Allow)?;
+        write_program(&mut code, name, &filter)?;
+    }
+    let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let filter = SeccompFilter::new(
+        clone3,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        env::var("CARGO_CFG_TARGET_ARCH")?.as_str().try_into()?,
+    )?;
+    write_program(&mut code, "NO_CLONE3", &filter.try_into()?)?;
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("filters.rs"), code)?;
+    Ok(())
+}
+
+fn compile<'r>(
+    rules: impl Iterator<Item = &'r Rule>,
+    otherwise: SeccompAction,
+    allowed: SeccompAction,
+) -> Result<BpfProgram, Box<dyn Error>> {
+    // Without a rule, any arguments will do; then there must be no other line for the same call.
+    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut any: BTreeMap<i64, bool> = BTreeMap::new();
+    for rule in rules {
+        let conditions = rule.when.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
+        let free = any.entry(rule.call.number).or_insert(conditions.is_empty());
+        *free |= conditions.is_empty();
+        let chain = calls.entry(rule.call.number).or_default();
+        if *free {
+            chain.clear();
+        } else {
+            chain.push(SeccompRule::new(conditions)?);
+        }
+    }
+    let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
+    Ok(SeccompFilter::new(calls, otherwise, allowed, arch.as_str().try_into()?)?.try_into()?)
+}
+
+fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
+    let (argument, operator, value) = match *condition {
+        Condition::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
+        Condition::Without(argument, bits) => (argument, SeccompCmpOp::MaskedEq(bits.into()), 0),
+    };
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value.into())
+}
+
+fn write_program(code: &mut String, name: &str, program: &BpfProgram) -> Result<(), std::fmt::Error> {
+    writeln!(code, "const {name}: &[sock_filter] = &[")?;
+    for step in program {
+        let (opcode, jt, jf, k) = (step.code, step.jt, step.jf, step.k);
+        writeln!(code, "    sock_filter {{ code: {opcode:#x}, jt: {jt}, jf: {jf}, k: {k:#x} }},")?;
+    }
+    writeln!(code, "];")
+}
