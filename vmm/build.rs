@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         // The spawner hands its filter down, so it allows what the filters of all others may.
         let rules = RULES.iter().filter(|rule| class == Class::Spawner || rule.who.contains(&class));
-        let filter = compile(rules, SeccompAction::KillProcess, SeccompAction::Allow)?;
+        let filter = compile(rules, SeccompAction::Trap, SeccompAction::Allow)?;
         write_program(&mut code, name, &filter)?;
     }
     let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
@@ -76,11 +76,13 @@ fn compile<'r>(
 }
 
 fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
-    let (argument, operator, value) = match *condition {
-        Condition::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
-        Condition::Without(argument, bits) => (argument, SeccompCmpOp::MaskedEq(bits.into()), 0),
+    use SeccompCmpArgLen::{Dword, Qword};
+    let (argument, length, operator, value) = match *condition {
+        Condition::Is(argument, value) => (argument, Dword, SeccompCmpOp::Eq, value),
+        Condition::Without(argument, bits) => (argument, Dword, SeccompCmpOp::MaskedEq(bits.into()), 0),
+        Condition::Null(argument) => (argument, Qword, SeccompCmpOp::Eq, 0),
     };
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value.into())
+    SeccompCondition::new(argument, length, operator, value.into())
 }
 
 fn write_program(code: &mut String, name: &str, program: &BpfProgram) -> Result<(), std::fmt::Error> {

@@ -24,6 +24,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use ::landlock::RulesetError;
 use kvrun_vmm_api::{CONTROL_FD, SHARE_FD};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
@@ -46,6 +47,9 @@ pub enum JailError {
     /// Identities of the outer user namespace are in no order known to us.
     #[error("cannot build the jail: the user namespace around it has the strange map {0:?}")]
     IdMap(String),
+    /// The kernel has Landlock, but not for this process.
+    #[error("cannot build the jail: confine the process by Landlock")]
+    Landlock(#[from] RulesetError),
 }
 
 fn failed(step: &'static str) -> impl Fn(Errno) -> JailError {
@@ -91,7 +95,7 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Jail, JailError> {
     root::replace(has_share)?;
     let share = has_share.then(|| Share::open(&proc)).transpose().map_err(failed("open the share"))?;
     privileges::drop_all_but_those_for_files(has_share)?;
-    landlock::restrict(share.as_ref().map(|share| &share.directory));
+    landlock::restrict(share.as_ref().map(|share| &share.directory))?;
     Ok(Jail { share })
 }
 

@@ -2,11 +2,11 @@
 
 use seccompiler::{apply_filter, sock_filter};
 
-use super::Class;
+use super::{Class, violation};
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
-/// The program of a class; a call that it does not allow ends the process by SIGSYS.
+/// The program of a class; a call that it does not allow is not made, and its thread gets SIGSYS: see [`violation`].
 pub const fn of(class: Class) -> &'static [sock_filter] {
     match class {
         Class::Main => MAIN,
@@ -28,6 +28,7 @@ pub fn install(class: Class) -> Result<(), seccompiler::Error> {
         // The flags of clone3(2) are in memory, where a filter cannot look. Told that there is no such call, the C library takes clone(2).
         apply_filter(NO_CLONE3)?;
     }
+    violation::blame(class);
     apply_filter(of(class))
 }
 

@@ -1,7 +1,8 @@
 //! Where every thread of this program starts, and what it may ask of the kernel.
 //!
-//! A thread belongs to a [`Class`], and each class has a list of system calls: [`table`] has them all, [`filter`] puts them on. Devices start
-//! their workers with [`spawn`] and nothing else, so that no thread can be without its filter.
+//! A thread belongs to a [`Class`], and each class has a list of system calls: [`table`] has them all, [`filter`] puts them on, [`violation`]
+//! is what becomes of any other call. Devices start their workers with [`spawn`] and nothing else, so that no thread can be without its
+//! filter.
 //!
 //! A thread inherits the filters of the one that starts it. So that a worker is not held to what a vCPU may do, nor a vCPU allowed what a
 //! worker needs, one thread starts all others and does nothing else: the spawner, whose filter allows what any class is allowed.
@@ -12,6 +13,7 @@ mod spawner;
 pub mod table;
 #[cfg(test)]
 mod tests;
+mod violation;
 
 use std::io;
 use std::thread::{Builder, JoinHandle};

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread::Builder;
 
-use super::{Class, filter};
+use super::{Class, filter, violation};
 
 /// The stack of the spawner in bytes: it clones, and nothing else.
 const STACK: usize = 64 * 1024;
@@ -25,6 +25,7 @@ static SPAWNER: OnceLock<Spawner> = OnceLock::new();
 /// # Errors
 /// When the host is out of threads.
 pub fn confine_spawned() -> io::Result<()> {
+    violation::handle()?;
     let (jobs, received) = channel::<Job>();
     // It ends when the process does.
     Builder::new().name(Class::Spawner.name().to_owned()).stack_size(STACK).spawn(move || {

@@ -1,7 +1,7 @@
 //! The table of system calls: who may make which, with which arguments, and why. Also part of the build script, which makes the filters from
 //! it.
 //!
-//! One line per call and reason. A call that no line allows kills the process. A line that nobody needs is an error too:
+//! One line per call and reason. A call that no line allows ends the process ([`super::violation`]). A line that nobody needs is an error too:
 //! `tests/e2e` looks at real machines and finds it, unless the line says [`Rule::rarely`] when it is needed.
 //!
 //! A filter sees the number of a call and its arguments, not what pointers among them point to. Arguments are looked at where they tell much used
@@ -21,13 +21,15 @@ pub struct Call {
     pub name: &'static str,
 }
 
-/// What an argument must be: 32 bits of it, which is all that the calls in question look at.
+/// What an argument must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// The argument of this index is exactly this.
+    /// The argument of this index is exactly this in its lower 32 bits, which is all that the calls in question look at.
     Is(u8, u32),
     /// The argument of this index has none of these bits.
     Without(u8, u32),
+    /// The argument of this index is a null pointer.
+    Null(u8),
 }
 
 impl Condition {
@@ -36,6 +38,7 @@ impl Condition {
         match self {
             Self::Is(index, value) => args[usize::from(index)] as u32 == value,
             Self::Without(index, bits) => args[usize::from(index)] as u32 & bits == 0,
+            Self::Null(index) => args[usize::from(index)] == 0,
         }
     }
 }
@@ -72,7 +75,7 @@ macro_rules! call {
     };
 }
 
-use Condition::{Is, Without};
+use Condition::{Is, Null, Without};
 
 const EVERY: &[Class] = &[Main, Vcpu, EventLoop, Fs, Blk, Net];
 const ANY: &[Condition] = &[];
@@ -153,7 +156,9 @@ pub const RULES: &[Rule] = &[
     allow(EVERY, call!(SYS_sched_yield), ANY, "channels, for a moment before they sleep").rarely("two threads race for a channel"),
     allow(EVERY, call!(SYS_clock_gettime), ANY, "time").rarely("the host's clock source is one that only the kernel reads"),
     allow(EVERY, call!(SYS_restart_syscall), ANY, "goes on waiting").rarely("somebody stops the process and continues it"),
-    allow(EVERY, call!(SYS_rt_sigaction), ANY, "abort(3), and the handler that tells a stack overflow").rarely("the VMM crashes"),
+    allow(EVERY, call!(SYS_rt_sigaction), &[Is(0, libc::SIGABRT as u32)], "abort(3)").rarely("the VMM crashes"),
+    allow(EVERY, call!(SYS_rt_sigaction), &[Is(0, libc::SIGSEGV as u32)], "the handler that tells a stack overflow, done").rarely("the VMM crashes"),
+    allow(EVERY, call!(SYS_rt_sigaction), &[Is(0, libc::SIGBUS as u32)], "the same handler").rarely("the VMM crashes"),
     allow(EVERY, call!(SYS_gettid), ANY, "abort(3)").rarely("the VMM crashes"),
     allow(&[Vcpu, EventLoop, Fs, Blk, Net], call!(SYS_getpid), ANY, "abort(3)").rarely("the VMM crashes"),
     allow(EVERY, call!(SYS_tgkill), &[Is(2, libc::SIGABRT as u32)], "abort(3)").rarely("the VMM crashes"),
@@ -178,7 +183,7 @@ pub const RULES: &[Rule] = &[
     allow(&[Main], call!(SYS_fcntl), &[Is(1, libc::F_GETFL as u32)], "whether a disk's image is open for writing"),
     allow(&[Main], call!(SYS_getsockopt), &[Is(1, libc::SOL_SOCKET as u32), Is(2, libc::SO_DOMAIN as u32)], "what a stream handed in is"),
     allow(&[Main], call!(SYS_getsockopt), &[Is(1, libc::SOL_SOCKET as u32), Is(2, libc::SO_TYPE as u32)], "what a stream handed in is"),
-    allow(&[Main], call!(SYS_prlimit64), &[Is(0, 0), Is(2, 0)], "how many descriptors a share may have"),
+    allow(&[Main], call!(SYS_prlimit64), &[Is(0, 0), Null(2)], "how many descriptors a share may have"),
     allow(&[Main], call!(SYS_fstat), ANY, "what a disk's image is"),
     allow(&[Main], call!(SYS_fstatfs), ANY, "whether a disk's image is in memory"),
 
@@ -243,17 +248,17 @@ pub const RULES: &[Rule] = &[
     allow(&[Blk], call!(SYS_io_uring_setup), ANY, "a ring for each session"),
     allow(&[Blk], call!(SYS_io_uring_register), ANY, "what the ring can do"),
     allow(&[Blk], call!(SYS_io_uring_enter), ANY, "work, and waiting for it and for kicks"),
-    allow(&[Blk], call!(SYS_ppoll), ANY, "waits for kicks").rarely("there is no io_uring, or the image is in memory"),
-    allow(&[Blk], call!(SYS_preadv), ANY, "reads").rarely("there is no io_uring, or the image is in memory"),
-    allow(&[Blk], call!(SYS_pwritev2), ANY, "writes").rarely("there is no io_uring, or the image is in memory"),
-    allow(&[Blk], call!(SYS_fdatasync), ANY, "flushes").rarely("there is no io_uring, or the image is in memory"),
-    allow(&[Blk], call!(SYS_fallocate), ANY, "discards and zeroes").rarely("there is no io_uring, or the image is in memory"),
-    allow(&[Main], call!(SYS_ioctl), &[Is(1, BLKSSZGET)], "the sectors of a block device").rarely("the image is a block device"),
+    allow(&[Blk], call!(SYS_ppoll), ANY, "waits for kicks, where there is no ring: the host has none, or the image is in memory"),
+    allow(&[Blk], call!(SYS_preadv), ANY, "reads"),
+    allow(&[Blk], call!(SYS_pwritev2), ANY, "writes"),
+    allow(&[Blk], call!(SYS_fdatasync), ANY, "flushes"),
+    allow(&[Blk], call!(SYS_fallocate), ANY, "discards and zeroes"),
+    allow(&[Main], call!(SYS_ioctl), &[Is(1, BLKSSZGET)], "the sectors of a block device"),
     allow(&[Main], call!(SYS_lseek), ANY, "the size of a disk's image"),
-    allow(&[Blk], call!(SYS_ioctl), &[Is(1, BLKDISCARD)], "discards").rarely("the image is a block device"),
+    allow(&[Blk], call!(SYS_ioctl), &[Is(1, BLKDISCARD)], "discards"),
 
     // Files in guest memory.
-    allow(&[Main], call!(SYS_ioctl), &[Is(1, KVM_SET_USER_MEMORY_REGION)], "memory that is attached or detached"),
+    allow(&[Main, EventLoop], call!(SYS_ioctl), &[Is(1, KVM_SET_USER_MEMORY_REGION)], "files attached or detached; memory plugged or unplugged"),
     allow(&[Main], call!(SYS_statx), ANY, "what a file to map is"),
     allow(&[Main], call!(SYS_madvise), &[Is(2, libc::MADV_DONTDUMP as u32)], "a file mapped for the guest is in no core dump"),
 
@@ -262,23 +267,23 @@ pub const RULES: &[Rule] = &[
     allow(&[Main], call!(SYS_ioctl), &[Is(1, libc::FIONBIO as u32)], "a tap that does not wait"),
     allow(&[Main], call!(SYS_ioctl), &[Is(1, libc::TUNSETVNETHDRSZ as u32)], "headers of a tap's packets"),
     allow(&[Main, Net], call!(SYS_ioctl), &[Is(1, libc::TUNSETOFFLOAD as u32)], "what the driver may leave to the host, and does"),
-    allow(&[Main, Net], call!(SYS_ioctl), &[Is(1, libc::TUNSETQUEUE as u32)], "how many queues the driver uses").rarely("a link has several"),
+    allow(&[Main, Net], call!(SYS_ioctl), &[Is(1, libc::TUNSETQUEUE as u32)], "how many queues the driver uses"),
     allow(&[Net], call!(SYS_ppoll), ANY, "waits for kicks and packets"),
     allow(&[Net], call!(SYS_readv), ANY, "packets for the guest"),
     allow(&[Net], call!(SYS_writev), ANY, "packets of the guest"),
-    allow(&[Net], call!(SYS_fcntl), &[Is(1, libc::F_DUPFD_CLOEXEC as u32)], "events for vhost-net").rarely("vhost-net carries a link"),
-    allow(&[Main], call!(SYS_ioctl), &[Is(1, vhost(2, 0x00, 8))], "VHOST_GET_FEATURES").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x00, 8))], "VHOST_SET_FEATURES").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(0, 0x01, 0))], "VHOST_SET_OWNER").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x03, 8))], "VHOST_SET_MEM_TABLE").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x10, 8))], "VHOST_SET_VRING_NUM").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x11, 40))], "VHOST_SET_VRING_ADDR").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x12, 8))], "VHOST_SET_VRING_BASE").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(3, 0x12, 8))], "VHOST_GET_VRING_BASE").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x20, 8))], "VHOST_SET_VRING_KICK").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x21, 8))], "VHOST_SET_VRING_CALL").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x22, 8))], "VHOST_SET_VRING_ERR").rarely("vhost-net carries a link"),
-    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x30, 8))], "VHOST_NET_SET_BACKEND").rarely("vhost-net carries a link"),
+    allow(&[Net], call!(SYS_fcntl), &[Is(1, libc::F_DUPFD_CLOEXEC as u32)], "events for vhost-net"),
+    allow(&[Main], call!(SYS_ioctl), &[Is(1, vhost(2, 0x00, 8))], "VHOST_GET_FEATURES"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x00, 8))], "VHOST_SET_FEATURES"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(0, 0x01, 0))], "VHOST_SET_OWNER"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x03, 8))], "VHOST_SET_MEM_TABLE"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x10, 8))], "VHOST_SET_VRING_NUM"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x11, 40))], "VHOST_SET_VRING_ADDR"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x12, 8))], "VHOST_SET_VRING_BASE"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(3, 0x12, 8))], "VHOST_GET_VRING_BASE"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x20, 8))], "VHOST_SET_VRING_KICK"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x21, 8))], "VHOST_SET_VRING_CALL"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x22, 8))], "VHOST_SET_VRING_ERR"),
+    allow(&[Net], call!(SYS_ioctl), &[Is(1, vhost(1, 0x30, 8))], "VHOST_NET_SET_BACKEND"),
 
     // How threads begin, up to where their own filters are on.
     allow(&[Spawner], call!(SYS_clone), &[Is(0, CLONE_THREAD)], "starts a thread"),

@@ -1,9 +1,10 @@
 //! The filters, in two ways: interpreted here against the table, for every call there is; and put on by the kernel, in a process per case, for
-//! the proof that a violation kills.
+//! the proof that a violation ends it.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
 
+use kvrun_vmm_api::{VIOLATION_EXIT, VIOLATION_PREFIX};
 use seccompiler::sock_filter;
 
 use super::table::{Condition, RULES, Rule};
@@ -67,6 +68,7 @@ fn arguments(rule: &Rule) -> Vec<[u64; 6]> {
         match condition {
             Condition::Is(index, value) => wrong[usize::from(*index)] = u64::from(value ^ 1 << 30),
             Condition::Without(index, bits) => wrong[usize::from(*index)] = u64::from(*bits),
+            Condition::Null(index) => wrong[usize::from(*index)] = 1 << 32,
         }
         all.push(wrong);
     }
@@ -86,7 +88,7 @@ fn filters_say_what_the_table_says() {
             let expected = if is_allowed(class, number, args) {
                 libc::SECCOMP_RET_ALLOW
             } else {
-                libc::SECCOMP_RET_KILL_PROCESS
+                libc::SECCOMP_RET_TRAP
             };
             assert_eq!(verdict(program, THIS_ARCH, number, args), expected, "{class:?} {number} {args:x?}");
             // The numbers of 32-bit calls are others.
@@ -153,71 +155,105 @@ fn what_nobody_may_ever_do_is_in_no_line() {
 /// What the victim's process is told to do: the index of a class, and of a deed.
 const ORDER: &str = "KVRUN_TEST_VICTIM";
 
-type Deed = (&'static str, fn());
-
 /// A system call, made for its number and arguments; it would fail or do no harm.
-fn call(number: i64, args: [u64; 4]) {
-    // SAFETY: every caller passes null pointers, invalid descriptors or values that change nothing.
-    unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], 0, 0) };
+#[derive(Clone, Copy)]
+struct Deed {
+    what: &'static str,
+    number: i64,
+    args: [u64; 4],
+}
+
+impl Deed {
+    fn commit(self) {
+        let [a, b, c, d] = self.args;
+        // SAFETY: all there are pass null pointers, invalid descriptors or values that change nothing.
+        unsafe { libc::syscall(self.number, a, b, c, d, 0, 0) };
+    }
+}
+
+const fn deed(what: &'static str, number: i64, args: [u64; 4]) -> Deed {
+    Deed { what, number, args }
 }
 
 const NONE: u64 = u64::MAX;
 
-/// What no class may do, so that it kills.
+/// What no class may do.
 const CRIMES: &[Deed] = &[
-    ("another program", || call(libc::SYS_execve, [0; 4])),
-    ("another process", || call(libc::SYS_clone, [u64::from(u32::MAX), 0, 0, 0])),
-    ("a socket", || call(libc::SYS_socket, [NONE; 4])),
-    ("a trace", || call(libc::SYS_ptrace, [NONE; 4])),
-    ("a mount", || call(libc::SYS_mount, [0; 4])),
-    ("a namespace", || call(libc::SYS_unshare, [0x7e02_0000 | libc::CLONE_FS as u64, 0, 0, 0])),
-    ("a signal to all", || call(libc::SYS_kill, [NONE, 0, 0, 0])),
-    ("a file handle", || call(libc::SYS_open_by_handle_at, [NONE, 0, 0, 0])),
-    ("code", || call(libc::SYS_mmap, [0, 0, libc::PROT_EXEC as u64 | libc::PROT_READ as u64, 0])),
-    ("memory turned to code", || call(libc::SYS_mprotect, [0, 0, libc::PROT_EXEC as u64, 0])),
-    ("another device's request", || call(libc::SYS_ioctl, [NONE, libc::TIOCSTI, 0, 0])),
-    ("core dumps again", || call(libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0])),
-    ("another kick", || call(libc::SYS_tgkill, [NONE, NONE, libc::SIGKILL as u64, 0])),
-    ("a call of tomorrow", || call(NUMBERS - 1, [0; 4])),
+    deed("another program", libc::SYS_execve, [0; 4]),
+    deed("another process", libc::SYS_clone, [u32::MAX as u64, 0, 0, 0]),
+    deed("a socket", libc::SYS_socket, [NONE; 4]),
+    deed("a trace", libc::SYS_ptrace, [NONE; 4]),
+    deed("a mount", libc::SYS_mount, [0; 4]),
+    deed("a namespace", libc::SYS_unshare, [0x7e02_0000 | libc::CLONE_FS as u64, 0, 0, 0]),
+    deed("a signal to all", libc::SYS_kill, [NONE, 0, 0, 0]),
+    deed("a file handle", libc::SYS_open_by_handle_at, [NONE, 0, 0, 0]),
+    deed("code", libc::SYS_mmap, [0, 0, libc::PROT_EXEC as u64 | libc::PROT_READ as u64, 0]),
+    deed("memory turned to code", libc::SYS_mprotect, [0, 0, libc::PROT_EXEC as u64, 0]),
+    deed("another device's request", libc::SYS_ioctl, [NONE, libc::TIOCSTI, 0, 0]),
+    deed("core dumps again", libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0]),
+    deed("another kick", libc::SYS_tgkill, [NONE, NONE, libc::SIGKILL as u64, 0]),
+    deed("another handler of this", libc::SYS_rt_sigaction, [libc::SIGSYS as u64, 0, 0, 8]),
+    deed("a call of tomorrow", NUMBERS - 1, [0; 4]),
 ];
 
 #[test]
-fn a_call_outside_the_table_kills_the_process() {
+fn a_call_outside_the_table_ends_the_process_which_says_so() {
     for class in Class::ALL {
-        for (index, (name, _)) in CRIMES.iter().enumerate() {
-            assert_eq!(victim(class, index).signal(), Some(libc::SIGSYS), "{class:?}: {name}");
+        for (index, crime) in CRIMES.iter().enumerate() {
+            let (status, said) = victim(class, index);
+            let Deed { what, number, args } = crime;
+            assert_eq!(status.code(), Some(VIOLATION_EXIT), "{class:?}: {what}: {status} {said}");
+            let expected =
+                format!("{VIOLATION_PREFIX}thread of class {}, system call {number} (", class.name());
+            let line =
+                said.lines().find(|line| line.starts_with(&expected)).unwrap_or_else(|| panic!("{said}"));
+            assert!(line.ends_with(&format!(" {:#x} {:#x} {:#x}", args[0], args[1], args[2])), "{line}");
         }
     }
 }
 
 /// Whose own calls another class may not make.
 const PRIVATE: &[(Class, Deed)] = &[
-    (Class::Vcpu, ("KVM_RUN", || call(libc::SYS_ioctl, [NONE, 0xae80, 0, 0]))),
-    (Class::Main, ("KVM_IOEVENTFD", || call(libc::SYS_ioctl, [NONE, 0x4040_ae79, 0, 0]))),
-    (Class::EventLoop, ("socketpair", || call(libc::SYS_socketpair, [1, 0x80801, 0, 0]))),
-    (Class::Fs, ("openat", || call(libc::SYS_openat, [NONE, 0, 0, 0]))),
-    (Class::Blk, ("io_uring_enter", || call(libc::SYS_io_uring_enter, [NONE, 0, 0, 0]))),
+    (Class::Vcpu, deed("KVM_RUN", libc::SYS_ioctl, [NONE, 0xae80, 0, 0])),
+    (Class::Main, deed("KVM_IOEVENTFD", libc::SYS_ioctl, [NONE, 0x4040_ae79, 0, 0])),
+    (Class::EventLoop, deed("socketpair", libc::SYS_socketpair, [1, 0x80801, 0, 0])),
+    (Class::Fs, deed("openat", libc::SYS_openat, [NONE, 0, 0, 0])),
+    (Class::Blk, deed("io_uring_enter", libc::SYS_io_uring_enter, [NONE, 0, 0, 0])),
+    (Class::Net, deed("writev", libc::SYS_writev, [NONE, 0, 0, 0])),
 ];
 
 #[test]
 fn a_class_may_make_its_own_calls_and_not_those_of_another() {
     for class in Class::ALL {
-        for (index, (owner, (name, _))) in PRIVATE.iter().enumerate() {
-            let status = victim(class, CRIMES.len() + index);
+        for (index, (owner, deed)) in PRIVATE.iter().enumerate() {
+            let (status, said) = victim(class, CRIMES.len() + index);
             // The spawner's filter is under all others.
-            let expected = if class == *owner || class == Class::Spawner { None } else { Some(libc::SIGSYS) };
-            assert_eq!(status.signal(), expected, "{class:?}: {name}");
+            let expected = if class == *owner || class == Class::Spawner { 0 } else { VIOLATION_EXIT };
+            assert_eq!(status.code(), Some(expected), "{class:?}: {}: {said}", deed.what);
         }
     }
 }
 
 /// How a thread may end the process otherwise.
-const ENDS: &[(Deed, i32)] = &[
-    (("abort", || std::process::abort()), libc::SIGABRT),
+const ENDS: &[(&str, fn(), i32)] = &[
+    ("abort", || std::process::abort(), libc::SIGABRT),
     // SAFETY: it is meant to crash.
-    (("crash", || unsafe { std::ptr::without_provenance_mut::<u8>(8).write_volatile(1) }), libc::SIGSEGV),
-    (("a stack overflow", || assert_eq!(overflow(1), 0)), libc::SIGABRT),
+    ("crash", || unsafe { std::ptr::without_provenance_mut::<u8>(8).write_volatile(1) }, libc::SIGSEGV),
+    ("a stack overflow", || assert_eq!(overflow(1), 0), libc::SIGABRT),
+    ("a call that is not allowed, unheard", || unheard(CRIMES[0]), libc::SIGSYS),
 ];
+
+/// Does the deed with `SIGSYS` blocked.
+fn unheard(deed: Deed) {
+    // SAFETY: a set of signals may be zeroes before it is emptied; the mask is the calling thread's own.
+    unsafe {
+        let mut signals = std::mem::zeroed();
+        libc::sigemptyset(&raw mut signals);
+        libc::sigaddset(&raw mut signals, libc::SIGSYS);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
+    }
+    deed.commit();
+}
 
 #[allow(unconditional_recursion, reason = "meant")]
 fn overflow(depth: u64) -> u64 {
@@ -228,15 +264,15 @@ fn overflow(depth: u64) -> u64 {
 #[test]
 fn a_crash_is_reported_as_the_crash_it_is() {
     for class in Class::ALL {
-        for (index, ((name, _), signal)) in ENDS.iter().enumerate() {
-            let status = victim(class, CRIMES.len() + PRIVATE.len() + index);
-            assert_eq!(status.signal(), Some(*signal), "{class:?}: {name}");
+        for (index, (what, _, signal)) in ENDS.iter().enumerate() {
+            let (status, said) = victim(class, CRIMES.len() + PRIVATE.len() + index);
+            assert_eq!(status.signal(), Some(*signal), "{class:?}: {what}: {status} {said}");
         }
     }
 }
 
-/// Has a process do the deed on a thread of `class`; how it ended.
-fn victim(class: Class, deed: usize) -> ExitStatus {
+/// Has a process do the deed on a thread of `class`; how it ended, and what it said.
+fn victim(class: Class, deed: usize) -> (ExitStatus, String) {
     let class = Class::ALL.iter().position(|c| *c == class).unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([
@@ -246,30 +282,28 @@ fn victim(class: Class, deed: usize) -> ExitStatus {
         "--nocapture",
         "--test-threads=1",
     ]);
-    command.env(ORDER, format!("{class} {deed}"));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().unwrap()
+    command.env(ORDER, format!("{class} {deed}")).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 #[test]
 #[ignore = "not a test: the process of the others' victims"]
 fn victim_process() {
     let Ok(order) = std::env::var(ORDER) else { return };
-    let (class, deed) = order.split_once(' ').unwrap();
+    let (class, number) = order.split_once(' ').unwrap();
     let class = Class::ALL[class.parse::<usize>().unwrap()];
-    let deeds: Vec<Deed> = CRIMES
-        .iter()
-        .copied()
-        .chain(PRIVATE.iter().map(|(_, deed)| *deed))
-        .chain(ENDS.iter().map(|(deed, _)| *deed))
-        .collect();
-    let deed = deeds[deed.parse::<usize>().unwrap()].1;
+    let number: usize = number.parse().unwrap();
+    let deeds: Vec<Deed> = CRIMES.iter().copied().chain(PRIVATE.iter().map(|(_, deed)| *deed)).collect();
     confine_spawned().unwrap();
     let (done, told) = std::sync::mpsc::channel();
     // Started from a vCPU's thread, as workers may be: what that may not do is no matter.
     let nested = spawn(Class::Vcpu, "vcpu0", 128 * 1024, move || {
         spawn(class, class.name(), 128 * 1024, move || {
-            deed();
+            match deeds.get(number) {
+                Some(deed) => deed.commit(),
+                None => ENDS[number - deeds.len()].1(),
+            }
             done.send(()).unwrap();
         })
         .unwrap()

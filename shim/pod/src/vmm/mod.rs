@@ -3,8 +3,8 @@
 //! * [`process`] starts it, with nothing but `/dev/null`, a pipe for its complaints, the control socket and the share.
 //! * This file speaks the control protocol ([`kvrun_vmm_api`]) with it: requests go out from whoever has a [`Vmm`], one task reads
 //!   replies and events.
-//! * [`end`] watches for its death, of which the pidfd is the final authority, and says why it died; [`violation`] knows more if it was
-//!   killed by its filter of system calls.
+//! * [`end`] watches for its death, of which the pidfd is the final authority, and says why it died; [`violation`] reads what it said if
+//!   it made a system call that its filter does not allow.
 //!
 //! A VMM that breaks the protocol is killed: it runs hostile code's devices, so nothing it says is taken on trust.
 

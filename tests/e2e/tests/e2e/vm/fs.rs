@@ -401,7 +401,9 @@ fn descriptors_follow_what_the_guest_has_in_its_caches(t: &Test) -> Result<()> {
         }
         Ok(most)
     };
-    let walk = |dir: &str| guest.vm.sh(&format!("find /run/kvrun/data/{dir} -type f -exec stat -c %s {{}} + | wc -l"));
+    let walk = |dir: &str| {
+        guest.vm.sh(&format!("find /run/kvrun/data/{dir} -type f -exec stat -c %s {{}} + | wc -l"))
+    };
     // Once before, for the programs of the walk have descriptors, too.
     walk("0")?;
     let before = held()? - 101;
