@@ -177,7 +177,7 @@ pub const RULES: &[Rule] = &[
     allow(&[Main], call!(SYS_recvmsg), ANY, "requests"),
     allow(&[Main, EventLoop], call!(SYS_sendmsg), ANY, "replies and events; bytes of vsock connections"),
     allow(&[Main], call!(SYS_ioctl), &[Is(1, KVM_IOEVENTFD)], "queues of a device that is attached or detached"),
-    allow(&[Main, Vcpu], call!(SYS_eventfd2), ANY, "kicks of a device's queues; what wakes its workers"),
+    allow(&[Main, Vcpu, Net], call!(SYS_eventfd2), ANY, "kicks of a device's queues; what wakes its workers; errors of vhost-net"),
     allow(&[Main], call!(SYS_openat2), ANY, "the directory of a share"),
     allow(&[Main, Vcpu, Fs], call!(SYS_fcntl), &[Is(1, libc::F_DUPFD_CLOEXEC as u32)], "descriptors in two hands"),
     allow(&[Main], call!(SYS_fcntl), &[Is(1, libc::F_GETFL as u32)], "whether a disk's image is open for writing"),

@@ -169,8 +169,8 @@ fn on_files(vm: &Machine) -> Result<()> {
 
 fn over_links(vm: &Machine) -> Result<()> {
     // The kernel may carry it or the VMM; both in several queues.
-    for link in [Link::new(1500, 2), Link::with_vhost(1500, 2)] {
-        let link = link?;
+    for make in [Link::new, Link::with_vhost] {
+        let link = make(1500, 2)?;
         link.attach(vm, FIRST_SLOT)?;
         vm.sh(&format!("ping -c 2 {}", HOST.0))?;
         vm.pause()?;
