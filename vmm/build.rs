@@ -18,7 +18,7 @@ use class::Class;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
-use table::{Condition, RULES, Rule};
+use table::{Condition, NEVER, RULES, Rule};
 
 fn main() -> Result<(), Box<dyn Error>> {
     for path in ["build.rs", "src/thread/class.rs", "src/thread/table.rs"] {
@@ -40,14 +40,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         let filter = compile(rules, SeccompAction::Trap, SeccompAction::Allow)?;
         write_program(&mut code, name, &filter)?;
     }
-    let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let filter = SeccompFilter::new(
-        clone3,
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-        env::var("CARGO_CFG_TARGET_ARCH")?.as_str().try_into()?,
-    )?;
-    write_program(&mut code, "NO_CLONE3", &filter.try_into()?)?;
+    let never = of_numbers(NEVER.iter().map(|call| call.number), SeccompAction::KillProcess)?;
+    write_program(&mut code, "NEVER", &never)?;
+    let no_clone3 = of_numbers([libc::SYS_clone3], SeccompAction::Errno(libc::ENOSYS as u32))?;
+    write_program(&mut code, "NO_CLONE3", &no_clone3)?;
     fs::write(Path::new(&env::var("OUT_DIR")?).join("filters.rs"), code)?;
     Ok(())
 }
@@ -71,8 +67,25 @@ fn compile<'r>(
             chain.push(SeccompRule::new(conditions)?);
         }
     }
+    assemble(calls, otherwise, allowed)
+}
+
+/// A filter that lets everything pass but calls of these numbers.
+fn of_numbers(
+    numbers: impl IntoIterator<Item = i64>,
+    action: SeccompAction,
+) -> Result<BpfProgram, Box<dyn Error>> {
+    let calls = numbers.into_iter().map(|number| (number, Vec::new())).collect();
+    assemble(calls, SeccompAction::Allow, action)
+}
+
+fn assemble(
+    calls: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram, Box<dyn Error>> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
-    Ok(SeccompFilter::new(calls, otherwise, allowed, arch.as_str().try_into()?)?.try_into()?)
+    Ok(SeccompFilter::new(calls, otherwise, listed, arch.as_str().try_into()?)?.try_into()?)
 }
 
 fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
@@ -86,7 +99,7 @@ fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::Bac
 }
 
 fn write_program(code: &mut String, name: &str, program: &BpfProgram) -> Result<(), std::fmt::Error> {
-    writeln!(code, "const {name}: &[sock_filter] = &[")?;
+    writeln!(code, "/// Made by the build script.\npub(super) const {name}: &[sock_filter] = &[")?;
     for step in program {
         let (opcode, jt, jf, k) = (step.code, step.jt, step.jf, step.k);
         writeln!(code, "    sock_filter {{ code: {opcode:#x}, jt: {jt}, jf: {jf}, k: {k:#x} }},")?;

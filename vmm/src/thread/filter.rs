@@ -6,7 +6,8 @@ use super::{Class, violation};
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
-/// The program of a class; a call that it does not allow is not made, and its thread gets SIGSYS: see [`violation`].
+/// The program of a class; a call that it does not allow is not made, and its thread gets SIGSYS: see [`violation`]. [`NEVER`] is
+/// under all of them.
 pub const fn of(class: Class) -> &'static [sock_filter] {
     match class {
         Class::Main => MAIN,
@@ -24,6 +25,10 @@ pub const fn of(class: Class) -> &'static [sock_filter] {
 /// # Errors
 /// When the kernel has no filters, or no memory.
 pub fn install(class: Class) -> Result<(), seccompiler::Error> {
+    // All others inherit from the spawner. Of several filters the strictest answer counts.
+    if matches!(class, Class::Main | Class::Spawner) {
+        apply_filter(NEVER)?;
+    }
     if class == Class::Spawner {
         // The flags of clone3(2) are in memory, where a filter cannot look. Told that there is no such call, the C library takes clone(2).
         apply_filter(NO_CLONE3)?;

@@ -1,7 +1,7 @@
 //! The table of system calls: who may make which, with which arguments, and why. Also part of the build script, which makes the filters from
 //! it.
 //!
-//! One line per call and reason. A call that no line allows ends the process ([`super::violation`]). A line that nobody needs is an error too:
+//! One line per call and reason. A call that no line allows ends the process ([`super::violation`]); with those of [`NEVER`] the kernel does that itself. A line that nobody needs is an error too:
 //! `tests/e2e` looks at real machines and finds it, unless the line says [`Rule::rarely`] when it is needed.
 //!
 //! A filter sees the number of a call and its arguments, not what pointers among them point to. Arguments are looked at where they tell much used
@@ -132,6 +132,48 @@ pub const CLONE_THREAD: u32 = (libc::CLONE_VM
     | libc::CLONE_SETTLS
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u32;
+
+/// What no thread has any use for and whoever takes one over would. Here the kernel ends the process itself and does not leave that to a handler
+/// in it ([`super::violation`]), for the price that nobody is told which of these it was, but by the kernel's log.
+pub const NEVER: &[Call] = &[
+    call!(SYS_execve),
+    call!(SYS_execveat),
+    call!(SYS_fork),
+    call!(SYS_vfork),
+    call!(SYS_ptrace),
+    call!(SYS_process_vm_readv),
+    call!(SYS_process_vm_writev),
+    call!(SYS_socket),
+    call!(SYS_connect),
+    call!(SYS_bind),
+    call!(SYS_mount),
+    call!(SYS_open_tree),
+    call!(SYS_move_mount),
+    call!(SYS_fsopen),
+    call!(SYS_pivot_root),
+    call!(SYS_chroot),
+    call!(SYS_setns),
+    call!(SYS_bpf),
+    call!(SYS_perf_event_open),
+    call!(SYS_userfaultfd),
+    call!(SYS_keyctl),
+    call!(SYS_add_key),
+    call!(SYS_open_by_handle_at),
+    call!(SYS_kill),
+    call!(SYS_pidfd_open),
+    call!(SYS_pidfd_getfd),
+    call!(SYS_init_module),
+    call!(SYS_finit_module),
+    call!(SYS_kexec_load),
+    call!(SYS_reboot),
+    call!(SYS_memfd_create),
+    call!(SYS_pkey_mprotect),
+    call!(SYS_fsmount),
+    call!(SYS_umount2),
+    call!(SYS_mount_setattr),
+    call!(SYS_delete_module),
+    call!(SYS_kexec_file_load),
+];
 
 /// The table.
 #[rustfmt::skip] // One line each.

@@ -3,6 +3,9 @@
 //! The filter has the kernel raise `SIGSYS` in the thread instead (seccomp(2), `SECCOMP_RET_TRAP`), and [`on_violation`] is its handler, for
 //! good: no filter lets anybody replace it. The kernel itself kills a process in which it cannot be called. Had the kernel killed in the
 //! first place, nobody would know for what, for it tells the parent no more than the signal.
+//!
+//! The handler runs on memory that every thread can write. Whoever executes code of their own in the process can keep it from ending that,
+//! though not have the call made; for what only they would ask for, the kernel ends the process and does not ask ([`super::table::NEVER`]).
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
