@@ -1,8 +1,8 @@
 //! The system calls of a VMM's threads, recorded by the kernel's tracer and compared with the table of its filters.
 //!
 //! The tracer (Linux Documentation/trace/ftrace.rst) follows this process and all it starts, and records in a buffer of its own: threads
-//! that begin and change their names, and every system call with its arguments, as the filter has let it through. That costs little, so
-//! that a VMM with all its devices is traced in no more time than it takes anyway.
+//! that begin and change their names, and every system call with its arguments, as the filter has let it through. The VMM is not
+//! stopped for it, as it is by ptrace(2).
 //!
 //! Calls of a thread count for its class from where its own filter is on; before that they are the spawner's, whose filter the thread was
 //! born with. Those of the main thread before it has a filter, and of all other processes, do not count.
