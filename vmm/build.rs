@@ -44,6 +44,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     write_program(&mut code, "NEVER", &never)?;
     let no_clone3 = of_numbers([libc::SYS_clone3], SeccompAction::Errno(libc::ENOSYS as u32))?;
     write_program(&mut code, "NO_CLONE3", &no_clone3)?;
+    let no_files = of_numbers([libc::SYS_openat], SeccompAction::Errno(libc::ENOENT as u32))?;
+    write_program(&mut code, "NO_FILES", &no_files)?;
     fs::write(Path::new(&env::var("OUT_DIR")?).join("filters.rs"), code)?;
     Ok(())
 }

@@ -29,6 +29,11 @@ pub fn install(class: Class) -> Result<(), seccompiler::Error> {
     if matches!(class, Class::Main | Class::Spawner) {
         apply_filter(NEVER)?;
     }
+    // Threads that have nothing to do with files: the C library asks /proc about overcommitting before it gives memory back, and takes
+    // what it would be told in the jail anyway for an answer.
+    if !matches!(class, Class::Fs | Class::Spawner) {
+        apply_filter(NO_FILES)?;
+    }
     if class == Class::Spawner {
         // The flags of clone3(2) are in memory, where a filter cannot look. Told that there is no such call, the C library takes clone(2).
         apply_filter(NO_CLONE3)?;

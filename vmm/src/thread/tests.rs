@@ -128,6 +128,23 @@ fn what_nobody_may_ever_do_is_the_kernels_to_end() {
     }
 }
 
+#[test]
+fn what_the_c_library_only_tries_is_refused_and_nothing_else() {
+    let refused = [
+        (filter::NO_CLONE3, libc::SYS_clone3, libc::ENOSYS),
+        (filter::NO_FILES, libc::SYS_openat, libc::ENOENT),
+    ];
+    for (program, call, error) in refused {
+        for number in 0..NUMBERS {
+            let expected = match number == call {
+                true => libc::SECCOMP_RET_ERRNO | error as u32,
+                false => libc::SECCOMP_RET_ALLOW,
+            };
+            assert_eq!(verdict(program, THIS_ARCH, number, [0; 6]), expected, "{number}");
+        }
+    }
+}
+
 fn is_never(number: i64) -> bool {
     NEVER.iter().any(|call| call.number == number)
 }
@@ -201,7 +218,7 @@ const PRIVATE: &[(Class, Deed)] = &[
     (Class::Vcpu, deed("KVM_RUN", libc::SYS_ioctl, [NONE, 0xae80, 0, 0])),
     (Class::Main, deed("KVM_IOEVENTFD", libc::SYS_ioctl, [NONE, 0x4040_ae79, 0, 0])),
     (Class::EventLoop, deed("socketpair", libc::SYS_socketpair, [1, 0x80801, 0, 0])),
-    (Class::Fs, deed("openat", libc::SYS_openat, [NONE, 0, 0, 0])),
+    (Class::Fs, deed("mkdirat", libc::SYS_mkdirat, [NONE, 0, 0, 0])),
     (Class::Blk, deed("io_uring_enter", libc::SYS_io_uring_enter, [NONE, 0, 0, 0])),
     (Class::Net, deed("writev", libc::SYS_writev, [NONE, 0, 0, 0])),
 ];
