@@ -27,6 +27,7 @@ pub mod lifecycle;
 pub mod process;
 pub mod terminal;
 pub mod time;
+pub mod trace;
 pub mod vm;
 pub mod vsock_peer;
 
