@@ -112,7 +112,9 @@ pub(crate) enum Error {
 }
 
 /// For `map_err`: what was attempted.
-pub(crate) fn host<E: Into<Box<dyn StdError + Send + Sync>>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+pub(crate) fn host<E: Into<Box<dyn StdError + Send + Sync>>>(
+    what: impl Into<String>,
+) -> impl FnOnce(E) -> Error {
     move |source| Error::Host { what: what.into(), source: source.into() }
 }
 

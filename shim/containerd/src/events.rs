@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim::event::Event;
+use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim::protos::protobuf::{MessageDyn, MessageField};
 use containerd_shim::protos::shim::event::Envelope;
 use containerd_shim::protos::shim::events::ForwardRequest;
 use containerd_shim::protos::shim_async::EventsClient;
 use tokio::sync::{mpsc, watch};
-use ttrpc::context::Context;
 use ttrpc::r#async::Client;
+use ttrpc::context::Context;
 
 /// How long containerd may take to take an event.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -52,7 +52,7 @@ impl Events {
     }
 
     /// Tells containerd, some time, of what has happened just now.
-    pub(crate) fn publish(&self, event: impl Event + MessageDyn) {
+    pub(crate) fn publish(&self, event: impl Event) {
         let topic = event.topic();
         let event = match containerd_shim::util::convert_to_any(Box::new(event)) {
             Ok(event) => event,
@@ -112,7 +112,11 @@ async fn send_all(address: String, mut waiting: mpsc::UnboundedReceiver<Envelope
     }
 }
 
-async fn send(client: &mut Option<EventsClient>, address: &str, envelope: Envelope) -> Result<(), ttrpc::Error> {
+async fn send(
+    client: &mut Option<EventsClient>,
+    address: &str,
+    envelope: Envelope,
+) -> Result<(), ttrpc::Error> {
     let client = match client {
         Some(client) => client,
         None => client.insert(EventsClient::new(Client::connect(&format!("unix://{address}")).await?)),

@@ -45,10 +45,9 @@ pub(crate) fn start(flags: &Flags) -> Result<String, Error> {
     let group = group(flags)?;
     let address = containerd_shim::socket_address(&flags.address, &flags.namespace, &group);
     let path = Path::new(address.strip_prefix("unix://").unwrap_or(&address));
-    match listen(path).map_err(host(format!("listen at {}", path.display())))? {
-        Some(socket) => spawn(flags, socket).inspect_err(|_| drop(fs::remove_file(path)))?,
-        // The pod has a shim.
-        None => {}
+    // Unless the pod has a shim.
+    if let Some(socket) = listen(path).map_err(host(format!("listen at {}", path.display())))? {
+        spawn(flags, socket).inspect_err(|_| drop(fs::remove_file(path)))?;
     }
     fs::write("address", &address).map_err(host("write the shim's address"))?;
     // Version 2 of the Task API is spoken by every containerd since 1.3.

@@ -50,7 +50,9 @@ fn run() -> Result<(), Error> {
     let flags = containerd_shim::parse(&arguments).map_err(|e| Error::Usage(e.to_string()))?;
     if flags.version {
         let version = env!("CARGO_PKG_VERSION");
-        return write(format!("containerd-shim-kvrun-v2:\n  Runtime:  {RUNTIME}\n  Version:  {version}\n").as_bytes());
+        return write(
+            format!("containerd-shim-kvrun-v2:\n  Runtime:  {RUNTIME}\n  Version:  {version}\n").as_bytes(),
+        );
     }
     if flags.info {
         return write(&info().write_to_bytes().map_err(host("write the runtime's description"))?);

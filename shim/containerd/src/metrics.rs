@@ -82,7 +82,8 @@ fn io(counters: &HashMap<String, u64>) -> Vec<IOEntry> {
         let Some((Ok(major), Ok(minor))) = device.split_once(':').map(|(a, b)| (a.parse(), b.parse())) else {
             continue;
         };
-        let entry = devices.entry((major, minor)).or_insert_with(|| IOEntry { major, minor, ..Default::default() });
+        let entry =
+            devices.entry((major, minor)).or_insert_with(|| IOEntry { major, minor, ..Default::default() });
         match key {
             "rbytes" => entry.rbytes = *value,
             "wbytes" => entry.wbytes = *value,
@@ -115,8 +116,14 @@ mod tests {
         let any = cgroup_v2(&counters).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
-        assert_eq!((metrics.cpu.usage_usec, metrics.memory.usage, metrics.memory.usage_limit), (5, 7, u64::MAX));
+        assert_eq!(
+            (metrics.cpu.usage_usec, metrics.memory.usage, metrics.memory.usage_limit),
+            (5, 7, u64::MAX)
+        );
         assert_eq!((metrics.memory_events.oom_kill, metrics.pids.limit), (2, 0));
-        assert_eq!((metrics.io.usage[0].major, metrics.io.usage[0].minor, metrics.io.usage[0].rbytes), (254, 16, 11));
+        assert_eq!(
+            (metrics.io.usage[0].major, metrics.io.usage[0].minor, metrics.io.usage[0].rbytes),
+            (254, 16, 11)
+        );
     }
 }

@@ -98,7 +98,11 @@ impl Rootfs {
         }
         std::fs::create_dir_all(&target).map_err(host("make the directory of the root file system"))?;
         for mount in mounts {
-            let target = if mount.target.is_empty() { target.clone() } else { target.join(mount.target.trim_start_matches('/')) };
+            let target = if mount.target.is_empty() {
+                target.clone()
+            } else {
+                target.join(mount.target.trim_start_matches('/'))
+            };
             let at = target.clone();
             // On a thread of its own: it may leave the working directory for good, to make paths shorter.
             let done = std::thread::spawn(move || {
@@ -138,7 +142,12 @@ pub(crate) struct Plan {
 
 impl Pod {
     /// One without containers yet.
-    pub(crate) fn new(namespace: &str, state_root: PathBuf, mounts: MountNamespace, events: Events) -> Arc<Self> {
+    pub(crate) fn new(
+        namespace: &str,
+        state_root: PathBuf,
+        mounts: MountNamespace,
+        events: Events,
+    ) -> Arc<Self> {
         Arc::new(Self {
             namespace: namespace.to_owned(),
             state_root,
@@ -250,7 +259,13 @@ impl Pod {
     }
 
     /// Makes a container in the guest.
-    async fn make(&self, machine: &Machine, bundle: &Bundle, spec: &Spec, task: &Arc<Task>) -> Result<Record, Error> {
+    async fn make(
+        &self,
+        machine: &Machine,
+        bundle: &Bundle,
+        spec: &Spec,
+        task: &Arc<Task>,
+    ) -> Result<Record, Error> {
         let id: ContainerId = task.container.parse()?;
         let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
         let mut record = Record::creating(id.clone(), process, String::new());
@@ -287,7 +302,11 @@ impl Pod {
         let process = task.process()?;
         process.start().await?;
         task.set_started();
-        self.events.publish(TaskStart { container_id: task.container.clone(), pid: task.pid(), ..Default::default() });
+        self.events.publish(TaskStart {
+            container_id: task.container.clone(),
+            pid: task.pid(),
+            ..Default::default()
+        });
         let document = state(&container.record, Status::Running);
         if let Err(error) = hooks::run("poststart", &container.bundle.poststart_hooks(), &document).await {
             // runtime.md, "Lifecycle", step 9.
@@ -353,7 +372,9 @@ impl Pod {
             }
         }
         let mut machine = self.machine.lock().await;
-        if self.is_empty() && let Some(machine) = machine.take() {
+        if self.is_empty()
+            && let Some(machine) = machine.take()
+        {
             machine.vm.clone().shutdown().await;
         }
         Ok(ended)
@@ -372,7 +393,11 @@ impl Pod {
 impl Container {
     /// A process in it: its own if `exec_id` is empty.
     pub(crate) fn task(&self, exec_id: &str) -> Result<Arc<Task>, Error> {
-        if exec_id.is_empty() { Ok(Arc::clone(&self.task)) } else { Ok(Arc::clone(&self.exec(exec_id)?.task)) }
+        if exec_id.is_empty() {
+            Ok(Arc::clone(&self.task))
+        } else {
+            Ok(Arc::clone(&self.exec(exec_id)?.task))
+        }
     }
 
     fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, Error> {

@@ -35,9 +35,11 @@ pub(crate) fn serve(flags: &Flags) -> Result<(), Error> {
     open_log(flags)?;
     // The bundle goes away with its container, which others may outlive.
     std::env::set_current_dir("/").map_err(host("leave the bundle"))?;
-    let events = std::env::var(EVENTS_VARIABLE).map_err(host(format!("find {EVENTS_VARIABLE} in the environment")))?;
+    let events =
+        std::env::var(EVENTS_VARIABLE).map_err(host(format!("find {EVENTS_VARIABLE} in the environment")))?;
     let mounts = share::enter_mount_namespace()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     let served = runtime.block_on(serve_until_left(flags, socket, events, mounts));
     if let Err(error) = &served {
         tracing::error!(error = %kvrun_pod::text::chain(error), "serve the pod");
@@ -63,7 +65,8 @@ async fn serve_until_left(
     let mut server = Server::new().add_listener(listener);
     for name in SERVICES {
         let methods = create_task(service.clone());
-        server = server.register_service(methods.into_values().map(|methods| (name.to_owned(), methods)).collect());
+        server = server
+            .register_service(methods.into_values().map(|methods| (name.to_owned(), methods)).collect());
     }
     server.start().await.map_err(host("serve containerd"))?;
     tokio::select! {

@@ -159,7 +159,8 @@ impl TaskApi for Service {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
         let signal = i32::try_from(request.signal).ok().filter(|signal| (1..=64).contains(signal));
-        let signal = signal.ok_or_else(|| Error::Invalid(format!("there is no signal {}", request.signal)))?;
+        let signal =
+            signal.ok_or_else(|| Error::Invalid(format!("there is no signal {}", request.signal)))?;
         self.pod.get(&request.id)?.kill(&request.exec_id, signal, request.all).await?;
         Ok(Empty::default())
     }
@@ -187,7 +188,9 @@ impl TaskApi for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let size = |n: u32| u16::try_from(n).map_err(|_| Error::Invalid(format!("no terminal has {n} rows or columns")));
+        let size = |n: u32| {
+            u16::try_from(n).map_err(|_| Error::Invalid(format!("no terminal has {n} rows or columns")))
+        };
         let (rows, columns) = (size(request.height)?, size(request.width)?);
         let task = self.pod.get(&request.id)?.task(&request.exec_id)?;
         task.process()?.resize(rows, columns).await.map_err(Error::from)?;
@@ -211,12 +214,17 @@ impl TaskApi for Service {
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
         let task = self.pod.get(&request.id)?.task(&request.exec_id)?;
         let ended = task.wait().await;
-        Ok(WaitResponse { exit_status: ended.status, exited_at: MessageField::some(ended.at), ..Default::default() })
+        Ok(WaitResponse {
+            exit_status: ended.status,
+            exited_at: MessageField::some(ended.at),
+            ..Default::default()
+        })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
         let counters = self.pod.get(&request.id)?.counters().await?;
-        let stats = metrics::cgroup_v2(&counters).map_err(host::<containerd_shim::Error>("write the metrics"))?;
+        let stats =
+            metrics::cgroup_v2(&counters).map_err(host::<containerd_shim::Error>("write the metrics"))?;
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
