@@ -8,6 +8,7 @@
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`lifecycle`] - containers created and started by commands of their own.
+//! * [`containerd`] - a containerd whose containers are run by our shim.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
 //! * [`time`] - the one factor by which all bounds scale.
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bundle;
+pub mod containerd;
 pub mod fixture;
 pub mod harness;
 pub mod isolation;

@@ -1,5 +1,6 @@
 //! `kvrun` on a pseudo-terminal, as a person would run it.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -39,12 +40,19 @@ impl Terminal {
     /// # Errors
     /// When `kvrun` cannot be started.
     pub fn start(&self, test: &Test, bundle: &Bundle) -> Result<Running> {
+        let mut command = on_terminal(test.program());
+        command.arg("--root").arg(test.state()).args(test.run_args(bundle));
+        test.environment(&mut command);
+        self.attach(command)
+    }
+
+    /// Runs a command that [`on_terminal`] has begun.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn attach(&self, mut command: Command) -> Result<Running> {
         let name = ptsname(&self.near, Vec::new())?;
         let far = open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
-        // setsid(1) replaces itself with the program, so this child is kvrun.
-        let mut command = Command::new("setsid");
-        command.arg("--ctty").arg(test.program()).arg("--root").arg(test.state()).args(test.run_args(bundle));
-        test.environment(&mut command);
         command.stdin(far.try_clone()?).stdout(far).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot start setsid")?;
         let stderr = Captured::new(child.stderr.take().context("no stderr")?);
@@ -76,4 +84,12 @@ impl Terminal {
     pub fn settings(&self) -> Result<Termios> {
         Ok(tcgetattr(&self.near)?)
     }
+}
+
+/// A command for [`Terminal::attach`].
+pub fn on_terminal(program: impl AsRef<OsStr>) -> Command {
+    // setsid(1) replaces itself with the program, so this child is it.
+    let mut command = Command::new("setsid");
+    command.arg("--ctty").arg(program);
+    command
 }

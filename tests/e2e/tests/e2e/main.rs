@@ -6,6 +6,7 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod containerd;
 mod exec;
 mod exit;
 mod faults;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         inspect::CASES,
         hooks::CASES,
         pods::CASES,
+        containerd::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
