@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -10,13 +11,15 @@ use serde_json::json;
 
 use crate::bundle::userland;
 use crate::fixture::Test;
-use crate::process::{Outcome, Running};
+use crate::process::{Outcome, Running, gone_within};
 use crate::terminal::{Terminal, on_terminal};
 
 /// The image that it has: busybox and nothing else.
 pub const IMAGE: &str = "localhost/busybox:latest";
 /// What containerd calls us.
 pub const RUNTIME: &str = "io.containerd.kvrun.v2";
+/// The name of a shim's process.
+pub const SHIM: &str = "containerd-shim";
 /// Where shims listen, and clients have their FIFOs: fixed by `containerd` and `ctr`.
 const RUN: &str = "/run/containerd";
 
@@ -103,17 +106,20 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not end, or not come up.
     pub fn restart(&mut self) -> Result<()> {
-        self.daemon.signal(Signal::KILL)?;
-        let ended = std::mem::replace(&mut self.daemon, start(self.test, &self.dir)?);
-        drop(ended);
+        self.daemon.kill()?;
+        self.daemon = start(self.test, &self.dir)?;
         Ok(())
     }
 
-    /// Ends it. No shim may have left its socket.
+    /// Ends it, once the shims have ended, which containerd does not wait for. None may have left its socket.
     ///
     /// # Errors
-    /// When it does not end.
+    /// When it does not end, or a shim does not.
     pub fn end(self) -> Result<()> {
+        for (pid, shim) in self.test.processes(SHIM).unwrap_or_default() {
+            gone_within(shim, self.daemon.deadline().saturating_duration_since(Instant::now()))
+                .with_context(|| format!("shim {pid}; containerd said {}", self.log()))?;
+        }
         self.daemon.signal(Signal::TERM)?;
         let log = self.daemon.wait()?.exited(0).stderr;
         let sockets = Path::new(RUN).join("s");
