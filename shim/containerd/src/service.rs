@@ -71,6 +71,11 @@ impl TaskApi for Service {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unimplemented("a machine cannot be restored from a checkpoint").into());
         }
+        if !request.options.value.is_empty() {
+            let kind = kvrun_pod::text::one_line(&request.options.type_url, 128);
+            let what = format!("this runtime has no options: remove those of type {kind}");
+            return Err(Error::Invalid(what).into());
+        }
         let names = Names {
             stdin: request.stdin,
             stdout: request.stdout,

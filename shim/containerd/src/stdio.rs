@@ -158,3 +158,101 @@ fn decoded(text: &str) -> String {
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    const OWNER: Owner<'_> = Owner { namespace: "tests", id: "c1" };
+
+    #[test]
+    fn query_is_decoded() {
+        assert_eq!(decoded("a%20b+c%2Fd"), "a b c/d");
+        assert_eq!(decoded("100%"), "100%");
+        assert_eq!(decoded("%zz"), "%");
+    }
+
+    #[test]
+    fn nothing_is_opened_that_is_not_named() {
+        let opened = Names::default().open(OWNER).unwrap();
+        assert!(
+            opened.stdio.stdin.is_none() && opened.stdio.stdout.is_none() && opened.stdio.stderr.is_none()
+        );
+        assert!(opened.input.is_none() && opened.logger.is_none());
+    }
+
+    #[test]
+    fn fifo_is_opened_without_anybody_at_its_other_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for name in ["in", "out"] {
+            mknodat(CWD, path(name), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        }
+        let names = Names { stdin: path("in"), stdout: path("out"), ..Default::default() };
+        let opened = names.open(OWNER).unwrap();
+        // Without a reader there is room for it, and no signal.
+        File::from(opened.stdio.stdout.unwrap()).write_all(b"kept").unwrap();
+        let mut input = File::from(opened.stdio.stdin.unwrap());
+        std::fs::write(path("in"), "typed").unwrap();
+        let mut text = [0; 5];
+        input.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"typed");
+        // That client is gone, and the input has not ended; now it does.
+        drop(opened.input);
+        assert_eq!(input.read(&mut text).unwrap(), 0);
+    }
+
+    #[test]
+    fn input_that_is_no_fifo_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let names = Names { stdin: path.to_str().unwrap().to_owned(), ..Default::default() };
+        let error = kvrun_pod::text::chain(&names.open(OWNER).unwrap_err());
+        assert!(error.contains("/file for the container") && error.contains("not a FIFO"), "{error}");
+    }
+
+    #[test]
+    fn file_takes_both_streams_and_keeps_what_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("logs/file");
+        let name = format!("file://{}", path.display());
+        let names = Names { stdout: name.clone(), stderr: name, ..Default::default() };
+        for _ in 0..2 {
+            let opened = names.open(OWNER).unwrap();
+            File::from(opened.stdio.stdout.unwrap()).write_all(b"out,").unwrap();
+            File::from(opened.stdio.stderr.unwrap()).write_all(b"err.").unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "out,err.out,err.");
+    }
+
+    #[test]
+    fn logger_gets_the_streams_and_whose_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let (program, log) = (dir.path().join("logger"), dir.path().join("log"));
+        let script = "#!/bin/sh\nexec >\"$2\"\nexec 5>&-\necho $1 $CONTAINER_NAMESPACE $CONTAINER_ID\ncat <&3; cat <&4\n";
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let names = Names {
+            stdout: format!("binary://{}?to={}", program.display(), log.display()),
+            ..Default::default()
+        };
+        let mut opened = names.open(OWNER).unwrap();
+        File::from(opened.stdio.stdout.take().unwrap()).write_all(b"out\n").unwrap();
+        File::from(opened.stdio.stderr.take().unwrap()).write_all(b"err\n").unwrap();
+        let mut child = opened.logger.take().unwrap().0.take().unwrap();
+        assert!(child.wait().unwrap().success());
+        assert_eq!(std::fs::read_to_string(log).unwrap(), "to tests c1\nout\nerr\n");
+    }
+
+    #[test]
+    fn logger_that_is_not_there_is_named() {
+        let names = Names { stdout: "binary:///no/such/logger".into(), ..Default::default() };
+        let error = kvrun_pod::text::chain(&names.open(OWNER).unwrap_err());
+        assert!(error.contains("binary:///no/such/logger"), "{error}");
+    }
+}
