@@ -19,13 +19,14 @@ setup:
 build: setup
 	guest-kernel/build >/dev/null
 	tests/cargo-cache restore target
-	cargo build --release --locked -p kvrun -p kvrun-vmm -p kvrun-agent
+	cargo build --release --locked -p kvrun -p containerd-shim-kvrun-v2 -p kvrun-vmm -p kvrun-agent
 	$(MAKE) --no-print-directory install PREFIX=$(STAGE)
 
 # The layout `kvrun` expects around itself. Files are replaced, not written over, so running machines keep theirs.
 install:
 	@test -x $(RELEASE)/kvrun || { echo "run 'make build' first"; exit 1; }
 	install -D -m755 $(RELEASE)/kvrun $(DESTDIR)$(PREFIX)/bin/kvrun
+	install -D -m755 $(RELEASE)/containerd-shim-kvrun-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-kvrun-v2
 	install -D -m755 $(RELEASE)/kvrun-vmm $(DESTDIR)$(PREFIX)/libexec/kvrun/kvrun-vmm
 	install -D -m644 $$(guest-kernel/build --path) $(DESTDIR)$(PREFIX)/share/kvrun/vmlinux
 	agent/mkinitramfs $(DESTDIR)$(PREFIX)/share/kvrun/initramfs.cpio $(RELEASE)/kvrun-agent

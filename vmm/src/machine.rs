@@ -107,6 +107,9 @@ pub enum MachineError {
     /// Two devices at one address.
     #[error("cannot lay out the devices")]
     Bus(#[from] BusError),
+    /// The filter of the calling thread.
+    #[error("cannot filter the system calls of the main thread")]
+    Filter(#[from] seccompiler::Error),
     /// The vCPUs.
     #[error("cannot start the vCPUs")]
     Vcpu(#[from] VcpuError),
@@ -239,6 +242,7 @@ impl Machine {
         };
         machine.fill(VSOCK_SLOT, Box::new(vsock))?;
         machine.fill(RNG_SLOT, Box::new(Rng::new(machine.event_loop.handle.clone())))?;
+        thread::confine(Class::Main)?;
         machine.vcpus.resume();
         Ok(machine)
     }

@@ -9,9 +9,12 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use kvrun_vmm::{check, control, jail};
+use kvrun_vmm::{check, control, jail, thread};
 use kvrun_vmm_api::{CONTROL_FD, Channel, SHARE_FD};
 use rustix::io::FdFlags;
+
+/// The exit code of a panic, as Rust has it.
+const PANICKED: i32 = 101;
 
 fn main() -> ExitCode {
     match run() {
@@ -38,10 +41,17 @@ fn run() -> anyhow::Result<ExitCode> {
 
 fn serve() -> anyhow::Result<()> {
     log::set_logger(&StderrLogger).map(|()| log::set_max_level(log::LevelFilter::Warn)).context("logger")?;
+    // Process 1 of a PID namespace takes no SIGABRT of its own (pid_namespaces(7)), so a panic that aborts would look like another crash.
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("kvrun-vmm: {panic}");
+        // SAFETY: ends the process, without waiting for its threads.
+        unsafe { libc::_exit(PANICKED) }
+    }));
     let socket = inherited(CONTROL_FD).with_context(|| {
         format!("no control socket at descriptor {CONTROL_FD}; kvrun-vmm is started by kvrun")
     })?;
     let jail = jail::enter(inherited(SHARE_FD).ok())?;
+    thread::confine_spawned().context("cannot start the thread that starts threads")?;
     control::serve(Channel::from(socket), jail)?;
     Ok(())
 }

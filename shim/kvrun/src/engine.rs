@@ -33,18 +33,11 @@ pub(crate) fn enter_network(bundle: &Bundle) -> Result<NetworkNamespace, Error> 
         HostNetwork::None => {}
         HostNetwork::New => network::enter_new().map_err(host("make a network namespace"))?,
         HostNetwork::Named { path, namespace } => {
-            // Its links would be taken over by the guest, and the host would be off its network.
-            let init = NetworkNamespace::open(Path::new("/proc/1/ns/net")).ok();
-            for host_network in [Some(&home), init.as_ref()].into_iter().flatten() {
-                let identity = |namespace: &NetworkNamespace| {
-                    namespace.identity().map_err(host("look at a network namespace"))
-                };
-                if identity(host_network)? == identity(namespace)? {
-                    return Err(Error::Option(format!(
-                        "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one, or leave the path out",
-                        path.display()
-                    )));
-                }
+            if namespace.is_of_host(&home).map_err(host("look at a network namespace"))? {
+                return Err(Error::Option(format!(
+                    "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one, or leave the path out",
+                    path.display()
+                )));
             }
             namespace.enter().map_err(host("enter the network namespace"))?;
         }

@@ -87,6 +87,14 @@ pub enum Driver {
     Systemd,
 }
 
+impl Driver {
+    /// The one that a path looks like it was written for.
+    pub fn of(path: &Path) -> Self {
+        let text = path.to_string_lossy();
+        if text.matches(':').count() == 2 && !text.contains('/') { Self::Systemd } else { Self::Cgroupfs }
+    }
+}
+
 /// The spec's path below the mount point, without its leading slash.
 ///
 /// # Errors

@@ -35,6 +35,7 @@ pub mod process;
 pub mod record;
 pub mod share;
 pub mod size;
+pub mod spawn;
 pub mod state_dir;
 pub mod stdio;
 mod sys;

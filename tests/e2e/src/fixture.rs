@@ -149,14 +149,22 @@ impl Test {
     /// # Errors
     /// When there is none.
     pub fn vmms(&self) -> Result<Vec<(i32, OwnedFd)>> {
+        self.processes(VMM)
+    }
+
+    /// Handles of all processes of this test with such a name, with their process IDs. Linux cuts a name after 15 bytes.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn processes(&self, wanted: &str) -> Result<Vec<(i32, OwnedFd)>> {
         let mut found = Vec::new();
         for (pid, name) in leaks::running()? {
-            if name == VMM {
+            if name == wanted {
                 let handle = Pid::from_raw(pid).context("no process ID")?;
                 found.push((pid, pidfd_open(handle, PidfdFlags::empty())?));
             }
         }
-        anyhow::ensure!(!found.is_empty(), "no process is named {VMM}");
+        anyhow::ensure!(!found.is_empty(), "no process is named {wanted}");
         Ok(found)
     }
 }

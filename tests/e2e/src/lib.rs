@@ -9,6 +9,7 @@
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`lifecycle`] - containers created and started by commands of their own.
+//! * [`containerd`] - a containerd whose containers are run by our shim.
 //! * [`netns`] - network namespaces as engines make them.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bundle;
+pub mod containerd;
 pub mod engine;
 pub mod fixture;
 pub mod harness;
@@ -31,6 +33,7 @@ pub mod netns;
 pub mod process;
 pub mod terminal;
 pub mod time;
+pub mod trace;
 pub mod vm;
 pub mod vsock_peer;
 

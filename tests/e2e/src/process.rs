@@ -168,6 +168,15 @@ impl Running {
         kill_process(Pid::from_child(&self.child), signal).context("cannot send a signal to kvrun")
     }
 
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.exit_status().map(drop)
+    }
+
     /// When it must have ended.
     pub fn deadline(&self) -> Instant {
         self.deadline

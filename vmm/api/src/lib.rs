@@ -28,3 +28,8 @@ pub const CONTROL_FD: i32 = 3;
 /// namespace in which the process starts. What is mounted below it later, there, appears in the share if the directory's mount is
 /// a shared one (mount_namespaces(7)).
 pub const SHARE_FD: i32 = 4;
+
+/// The exit code of a VMM one of whose threads made a system call that its filter does not allow.
+pub const VIOLATION_EXIT: i32 = 159;
+/// How the line on standard error begins in which such a VMM says which thread made which call.
+pub const VIOLATION_PREFIX: &str = "kvrun-vmm: not allowed by its filter: ";

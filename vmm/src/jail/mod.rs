@@ -7,13 +7,15 @@
 //! 2. new user, mount, network, IPC, UTS and cgroup namespaces ([`namespaces`]);
 //! 3. a root that is an empty, read-only tmpfs, with the share in it as a slave mount ([`root`]);
 //! 4. capabilities: those that a file server needs, inside the user namespace, if there is a share; else none ([`privileges`]);
-//! 5. no new privileges, not dumpable, resource limits.
+//! 5. no new privileges, not dumpable, resource limits;
+//! 6. Landlock, where the kernel has it ([`landlock`]).
 //!
 //! System call filters are the other half and belong to threads: [`crate::thread`].
 //!
 //! Nothing of the host's file systems stays reachable: the directories that are still open - the share, the process's own entry of
 //! a procfs that knows no other process - lead nowhere else, not by `..` either.
 
+mod landlock;
 mod namespaces;
 mod privileges;
 mod root;
@@ -22,6 +24,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use ::landlock::RulesetError;
 use kvrun_vmm_api::{CONTROL_FD, SHARE_FD};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
@@ -44,6 +47,9 @@ pub enum JailError {
     /// Identities of the outer user namespace are in no order known to us.
     #[error("cannot build the jail: the user namespace around it has the strange map {0:?}")]
     IdMap(String),
+    /// The kernel has Landlock, but not for this process.
+    #[error("cannot build the jail: confine the process by Landlock")]
+    Landlock(#[from] RulesetError),
 }
 
 fn failed(step: &'static str) -> impl Fn(Errno) -> JailError {
@@ -61,7 +67,6 @@ pub struct Jail {
 pub struct Share {
     directory: OwnedFd,
     proc_fds: OwnedFd,
-    proc_mountinfo: File,
 }
 
 /// Jails the process, with the share that `share` refers to, if there is one. To be called first of all, while there is one thread.
@@ -73,6 +78,8 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Jail, JailError> {
         return Err(JailError::NotProcessOne);
     }
     close_strangers()?;
+    // The C library and rustix learn from /proc what the kernel told the program at its start; so let them do that while there is one.
+    crate::monotonic_ns();
     let proc = root::own_proc()?;
     // It has to be on the way into the new mount namespace: the kernel translates the working directory, and no descriptor.
     match &share {
@@ -88,6 +95,7 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Jail, JailError> {
     root::replace(has_share)?;
     let share = has_share.then(|| Share::open(&proc)).transpose().map_err(failed("open the share"))?;
     privileges::drop_all_but_those_for_files(has_share)?;
+    landlock::restrict(share.as_ref().map(|share| &share.directory))?;
     Ok(Jail { share })
 }
 
@@ -114,11 +122,9 @@ impl Jail {
 impl Share {
     fn open(proc: &OwnedFd) -> Result<Self, Errno> {
         let path_only = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let own = |name, flags| openat(proc, name, flags | OFlags::CLOEXEC, Mode::empty());
         Ok(Self {
             directory: rustix::fs::open(root::SHARE, path_only, Mode::empty())?,
-            proc_fds: own("1/fd", path_only)?,
-            proc_mountinfo: own("1/mountinfo", OFlags::RDONLY)?.into(),
+            proc_fds: openat(proc, "1/fd", path_only, Mode::empty())?,
         })
     }
 
@@ -140,24 +146,12 @@ impl Share {
         Ok(self.proc_fds.try_clone()?.into())
     }
 
-    /// `/proc/self/mountinfo`: the mounts in the jail.
-    ///
-    /// # Errors
-    /// When the process is out of descriptors.
-    pub fn proc_mountinfo(&self) -> io::Result<File> {
-        self.proc_mountinfo.try_clone()
-    }
-
     /// A share without a jail around it, for tests of the file server.
     ///
     /// # Panics
     /// Without procfs.
     #[cfg(any(test, feature = "fuzzing"))]
     pub fn unjailed(directory: OwnedFd) -> Self {
-        Self {
-            directory,
-            proc_fds: File::open("/proc/self/fd").expect("procfs").into(),
-            proc_mountinfo: File::open("/proc/self/mountinfo").expect("procfs"),
-        }
+        Self { directory, proc_fds: File::open("/proc/self/fd").expect("procfs").into() }
     }
 }

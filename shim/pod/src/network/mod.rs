@@ -121,6 +121,14 @@ impl Network {
         Self { namespace, queue_pairs, joined: Vec::new() }
     }
 
+    /// Whether it is that of a namespace.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn is_of(&self, namespace: &NetworkNamespace) -> io::Result<bool> {
+        Ok(self.namespace.identity()? == namespace.identity()?)
+    }
+
     /// Gives the machine the links of the namespace that it does not have yet, and the addresses and routes of all. Engines configure a namespace
     /// before a container is created, while it is, or before it is started.
     ///

@@ -50,6 +50,29 @@ impl NetworkNamespace {
         Ok(Identity(stat.st_dev, stat.st_ino))
     }
 
+    /// Whether it is that of the host: `home`, the one of this process at its start, or that of the first process. Its links must not be
+    /// taken over by a guest: the host would be off its network.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn is_of_host(&self, home: &Self) -> io::Result<bool> {
+        let init = Self::open(Path::new("/proc/1/ns/net")).ok();
+        for host in [Some(home), init.as_ref()].into_iter().flatten() {
+            if host.identity()? == self.identity()? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Another descriptor of it.
+    ///
+    /// # Errors
+    /// As fcntl(2).
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// Puts the calling thread into it: of a process with one thread, the process.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kvrun_vmm_api::ExitReason;
+use kvrun_vmm_api::{ExitReason, VIOLATION_EXIT};
 use rustix::process::{Signal, pidfd_send_signal};
 use tokio::io::AsyncReadExt;
 use tokio::io::Interest;
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::process::{Child, Status, reap};
+use super::violation::Violation;
 use super::{Closed, Control};
 use crate::text;
 
@@ -32,6 +33,9 @@ pub enum Death {
     /// The VMM said so.
     #[error("{}", text::one_line(&.0.to_string(), 500))]
     Reported(ExitReason),
+    /// The VMM made a system call that its filter does not allow; which, if it could still say so.
+    #[error("its VMM, kvrun-vmm, was killed by its seccomp filter{}", .0.as_ref().map_or_else(String::new, |v| format!(": {v}")))]
+    Filtered(Option<Violation>),
     /// The VMM was killed.
     #[error("its VMM, kvrun-vmm, was killed by signal {0}")]
     Signaled(i32),
@@ -99,7 +103,7 @@ async fn watch_until_end(control: &Control, stderr: pipe::Receiver, pidfd: Async
     let _ = timeout(LAST_WORDS, &mut stderr).await;
     stderr.abort();
 
-    let stderr_tail = {
+    let mut stderr_tail = {
         let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(tail.make_contiguous()).into_owned()
     };
@@ -109,6 +113,9 @@ async fn watch_until_end(control: &Control, stderr: pipe::Receiver, pidfd: Async
         (Closed::ByPeer(Some((reason, console_tail))), _) => (Death::Reported(reason), console_tail),
         (Closed::ByPeer(None), _) if killed.is_some() => {
             (Death::Killed(killed.unwrap_or_default()), String::new())
+        }
+        (Closed::ByPeer(None), Status::Exited(VIOLATION_EXIT) | Status::Signaled(libc::SIGSYS)) => {
+            (Death::Filtered(Violation::take_from(&mut stderr_tail)), String::new())
         }
         (Closed::ByPeer(None), Status::Signaled(signal)) => (Death::Signaled(signal), String::new()),
         (Closed::ByPeer(None), Status::Exited(code)) => (Death::Exited(code), String::new()),

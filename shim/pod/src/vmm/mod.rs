@@ -3,12 +3,14 @@
 //! * [`process`] starts it, with nothing but `/dev/null`, a pipe for its complaints, the control socket and the share.
 //! * This file speaks the control protocol ([`kvrun_vmm_api`]) with it: requests go out from whoever has a [`Vmm`], one task reads
 //!   replies and events.
-//! * [`end`] watches for its death, of which the pidfd is the final authority, and says why it died.
+//! * [`end`] watches for its death, of which the pidfd is the final authority, and says why it died; [`violation`] reads what it said if
+//!   it made a system call that its filter does not allow.
 //!
 //! A VMM that breaks the protocol is killed: it runs hostile code's devices, so nothing it says is taken on trust.
 
 mod end;
 mod process;
+mod violation;
 
 use std::collections::HashMap;
 use std::io;
@@ -31,6 +33,7 @@ use crate::channel::AsyncChannel;
 use crate::host_process::HostProcess;
 
 pub use end::{Death, VmEnd};
+pub use violation::Violation;
 
 /// How long the VMM may take over a request other than Boot. It answers from its event loop, in microseconds on hardware.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,6 +1,5 @@
 //! Starting the VMM process, and making sure that it ends.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -9,14 +8,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use kvrun_vmm_api::{CONTROL_FD, SHARE_FD};
-use nix::sys::signal::SigSet;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 
 use crate::host_process::HostProcess;
-use crate::sys;
+use crate::{spawn, sys};
 
 /// The stack of the thread that starts a child, in bytes.
 const SPAWN_STACK: usize = 128 * 1024;
@@ -34,36 +32,15 @@ pub(super) struct Child {
 /// `share`, if there is one, as [`SHARE_FD`], a pipe as standard error, `/dev/null` as standard input and output, and no other
 /// descriptor.
 pub(super) fn spawn(program: &Path, control: &OwnedFd, share: Option<BorrowedFd<'_>>) -> io::Result<Child> {
-    // Two descriptors must not be on the numbers these are to have: they themselves (dup2 onto itself would leave them
-    // close-on-exec), and the pipe by which the standard library reports a failed exec (it would be overwritten). So
-    // those numbers and all below are taken while the child is made.
-    let last = SHARE_FD;
-    let mut placeholders = vec![File::open("/dev/null")?];
-    while placeholders.last().is_some_and(|f| f.as_raw_fd() <= last) {
-        placeholders.push(File::open("/dev/null")?);
-    }
-    let control = rustix::io::fcntl_dupfd_cloexec(control, last + 1)?;
-    let share = share.map(|share| rustix::io::fcntl_dupfd_cloexec(share, last + 1)).transpose()?;
     let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&stderr, true)?;
-
     let mut command = Command::new(program);
     command.arg0("kvrun-vmm").env_clear().current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(theirs));
-    let mut kept = vec![(control.as_raw_fd(), CONTROL_FD)];
-    kept.extend(share.as_ref().map(|share| (share.as_raw_fd(), SHARE_FD)));
-    // SAFETY: the closure only makes async-signal-safe system calls and does not allocate.
-    unsafe {
-        command.pre_exec(move || {
-            // A session of its own: signals the terminal sends to our process group are ours to forward, and must not kill the
-            // machine.
-            rustix::process::setsid()?;
-            // We may have blocked signals to read them from a descriptor; a mask survives exec.
-            SigSet::empty().thread_set_mask()?;
-            sys::keep_descriptors(&kept)
-        });
-    }
-    let child = in_new_pid_namespace(|| command.spawn())?;
+    let mut inherited = vec![(control.as_fd(), CONTROL_FD)];
+    inherited.extend(share.map(|share| (share, SHARE_FD)));
+    // In a session of its own: signals the terminal sends to our process group are ours to forward, and must not kill the machine.
+    let child = in_new_pid_namespace(|| spawn::in_new_session(&mut command, &inherited))?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
     // The child is not reaped yet, so its number is still its own.
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;

@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use kvrun_vmm_api::Received;
 use kvrun_vmm_api::config::VcpuConfig;
+use kvrun_vmm_api::{Received, VIOLATION_EXIT, VIOLATION_PREFIX};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::*;
@@ -180,6 +180,25 @@ fn killed_vmm_says_by_which_signal() {
         let vmm = fake(|fake| while fake.next().is_some() {});
         vmm.process.kill();
         assert_eq!(vmm.ended().await.death, Death::Signaled(9));
+    });
+}
+
+#[test]
+fn vmm_killed_by_its_filter_says_so() {
+    run(async {
+        let vmm = fake(|fake| while fake.next().is_some() {});
+        rustix::process::pidfd_send_signal(vmm.process.pidfd(), rustix::process::Signal::SYS).unwrap();
+        assert_eq!(vmm.ended().await.death, Death::Filtered(None));
+
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("vmm");
+        let script =
+            format!("#!/bin/sh\necho '{VIOLATION_PREFIX}thread of class vcpu' >&2\nexit {VIOLATION_EXIT}\n");
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let end = Vmm::spawn(&program, None).unwrap().ended().await;
+        let expected = "its VMM, kvrun-vmm, was killed by its seccomp filter: thread of class vcpu";
+        assert_eq!((end.to_string().as_str(), end.stderr_tail.as_str()), (expected, ""));
     });
 }
 

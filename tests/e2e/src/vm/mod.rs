@@ -26,7 +26,7 @@ use anyhow::{Context, Result, ensure};
 use kvrun_pod::assets::{Assets, Explicit};
 use kvrun_pod::pod::{self, Pod, SHARE_SLOT, SLOTS, Starting};
 use kvrun_pod::size::VmSize;
-use kvrun_pod::vmm::VmEnd;
+use kvrun_pod::vmm::{Death, VmEnd};
 use kvrun_vmm_api::{DeviceConfig, VcpuConfig, VmMetrics, VmState};
 use tokio::runtime::{Builder, Runtime};
 
@@ -243,6 +243,12 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        // A machine that died is why the test failed; nobody looks at it otherwise.
+        if let Some(end) = self.pod.vmm().try_ended()
+            && !matches!(end.death, Death::Reported(_))
+        {
+            eprintln!("the machine ended: {end}");
+        }
         self.runtime.block_on(self.pod.vmm().stop());
     }
 }

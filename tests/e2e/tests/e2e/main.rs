@@ -6,6 +6,7 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod containerd;
 mod engines;
 mod exec;
 mod exit;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         engines::podman::CASES,
         engines::docker::CASES,
         pods::CASES,
+        containerd::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)

@@ -10,6 +10,7 @@
 //! * [`cpuid`] - what the processor says it is.
 //! * [`registers`] - the state a vCPU starts in.
 //! * [`state`] - the state a vCPU and its surroundings are in, to be saved and restored.
+//! * [`syscalls`] - what the host's system calls are called.
 
 pub mod boot;
 pub mod cpuid;
@@ -18,6 +19,7 @@ pub mod layout;
 pub mod mptable;
 pub mod registers;
 pub mod state;
+pub mod syscalls;
 pub mod vm;
 
 use std::fs::File;

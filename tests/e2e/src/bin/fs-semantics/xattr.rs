@@ -7,7 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use rustix::fs::{XattrFlags, getxattr, lgetxattr, listxattr, lsetxattr, removexattr, setxattr};
+use rustix::fs::{
+    XattrFlags, getxattr, lgetxattr, listxattr, llistxattr, lremovexattr, lsetxattr, removexattr, setxattr,
+};
 use rustix::io::Errno;
 
 use crate::sys::{ALICE, BOB, as_user, chmod, file, give, open, refused};
@@ -21,6 +23,7 @@ pub(crate) const CASES: &[Case] = cases![
     follow_the_file,
     need_the_right_to_write,
     not_on_links_and_special_files,
+    links_need_not_have_any,
     of_trust_are_for_root,
     capability_is_kept_and_goes_with_a_write,
 ];
@@ -159,6 +162,17 @@ fn not_on_links_and_special_files(dir: &Path) -> Result<()> {
     lsetxattr(dir.join("link"), "trusted.x", b"2", empty)?;
     ensure!(lgetxattr(dir.join("link"), "trusted.x", &mut [0u8; 10])? == 1);
     refused(get(&dir.join("file"), "trusted.x"), Errno::NODATA)
+}
+
+fn links_need_not_have_any(dir: &Path) -> Result<()> {
+    let link = dir.join("link");
+    std::os::unix::fs::symlink("nothing", &link)?;
+    refused(lgetxattr(&link, "trusted.x", &mut [0u8; 10]), Errno::NODATA)?;
+    ensure!(llistxattr(&link, &mut [0u8; 0])? == 0);
+    let removed = lremovexattr(&link, "trusted.x");
+    // Who may not touch what is trusted is not told whether it is there.
+    ensure!(matches!(removed, Err(Errno::NODATA | Errno::PERM)), "{removed:?}");
+    Ok(())
 }
 
 fn of_trust_are_for_root(dir: &Path) -> Result<()> {

@@ -151,10 +151,10 @@ fn trim_gives_space_of_a_file_back_to_the_host(t: &Test) -> Result<()> {
 }
 
 /// A loop device, gone when dropped.
-struct Loop(PathBuf);
+pub(super) struct Loop(pub(super) PathBuf);
 
 impl Loop {
-    fn over(file: &Path) -> Result<Self> {
+    pub(super) fn over(file: &Path) -> Result<Self> {
         let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output()?;
         ensure!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
         Ok(Self(String::from_utf8(output.stdout)?.trim_end().into()))

@@ -55,23 +55,10 @@ impl Guest {
         Ok(Self { vm, dir })
     }
 
-    /// The program that knows what a file system does, which guests find by its name from then on: where it has been copied
-    /// with this one, or where it has been built.
-    fn program(&self) -> Result<PathBuf> {
-        const NAME: &str = "fs-semantics";
-        let copied = std::env::current_exe()?.with_file_name(NAME);
-        let built = Path::new(env!("CARGO_BIN_EXE_fs-semantics"));
-        let installed = self.vm.rootfs().join("bin").join(NAME);
-        if !installed.exists() {
-            self.vm.install(if copied.exists() { &copied } else { built })?;
-        }
-        Ok(installed)
-    }
-
     /// Has the program try out a group, or those of its cases that are named, in the guest and on the host's own file system. In the
     /// guest, those in `different` must fail, and no others.
     fn compare(&self, group: &str, cases: &[&str], different: &[&str]) -> Result<()> {
-        let program = self.program()?;
+        let program = install_program(&self.vm)?;
         let on_host = self.dir.join("on-host");
         fs::create_dir_all(&on_host)?;
         let output = Command::new(&program).arg(group).arg(&on_host).args(cases).output()?;
@@ -94,6 +81,19 @@ impl Guest {
         ensure!(failed == different.iter().copied().collect(), "{in_guest}");
         Ok(())
     }
+}
+
+/// Installs the program that knows what a file system does, which guests find by its name from then on: from where it has been copied
+/// with this one, or where it has been built.
+pub(super) fn install_program(vm: &Machine) -> Result<PathBuf> {
+    const NAME: &str = "fs-semantics";
+    let copied = std::env::current_exe()?.with_file_name(NAME);
+    let built = Path::new(env!("CARGO_BIN_EXE_fs-semantics"));
+    let installed = vm.rootfs().join("bin").join(NAME);
+    if !installed.exists() {
+        vm.install(if copied.exists() { &copied } else { built })?;
+    }
+    Ok(installed)
 }
 
 /// Puts a directory of the machine's share, made here, into a slot, and has the guest mount it below [`MOUNTS`], for
@@ -183,7 +183,7 @@ fn directory_of_100_000_files_is_complete(t: &Test) -> Result<()> {
     let guest = Guest::boot(t, AUTO)?;
     // Made on the host for both: the guest would take minutes, where it is emulated.
     fs::create_dir(guest.dir.join("in-guest"))?;
-    let program = guest.program()?;
+    let program = install_program(&guest.vm)?;
     fs::create_dir(guest.dir.join("on-host"))?;
     for place in ["on-host", "in-guest"] {
         let made = Command::new(&program).arg("make-large").arg(guest.dir.join(place)).status()?;

@@ -10,13 +10,23 @@ mod blk;
 mod clock;
 mod fs;
 mod host;
+mod jail;
 mod memory;
 mod net;
 mod vcpus;
 mod vsock;
 
-pub(crate) const GROUPS: &[&[Case]] =
-    &[CASES, blk::CASES, fs::CASES, net::CASES, vcpus::CASES, clock::CASES, vsock::CASES, memory::CASES];
+pub(crate) const GROUPS: &[&[Case]] = &[
+    CASES,
+    blk::CASES,
+    fs::CASES,
+    net::CASES,
+    vcpus::CASES,
+    clock::CASES,
+    vsock::CASES,
+    memory::CASES,
+    jail::CASES,
+];
 
 const CASES: &[Case] =
     cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];

@@ -44,9 +44,8 @@ pub(super) struct ShareSource {
     root: OwnedFd,
     options: FsOptions,
     descriptors: Allotment,
-    /// `/proc/self/fd` and `/proc/self/mountinfo`, which the jail has kept for this.
+    /// `/proc/self/fd`, which the jail has kept for this.
     proc_fds: File,
-    proc_mountinfo: File,
 }
 
 impl ShareSource {
@@ -60,8 +59,7 @@ impl ShareSource {
         options: FsOptions,
         descriptors: Allotment,
     ) -> io::Result<Self> {
-        let (proc_fds, proc_mountinfo) = (share.proc_fds()?, share.proc_mountinfo()?);
-        Ok(Self { root, options, descriptors, proc_fds, proc_mountinfo })
+        Ok(Self { root, options, descriptors, proc_fds: share.proc_fds()? })
     }
 
     /// How it is shared.
@@ -88,14 +86,6 @@ impl ShareSource {
     /// # Errors
     /// When the root cannot be used.
     pub(super) fn open(&self) -> io::Result<Share> {
-        // A file handle stands for an inode without keeping it open, so that the number of host descriptors does not grow
-        // with what the guest has in its caches. File systems without them (overlayfs, mostly) get descriptors, which the server
-        // finds out itself, unless the handle exists and its mount is out of reach. In the jail's user namespace they are for
-        // directories at most (Linux 6.12 fs/fhandle.c, may_decode_fh()), which the server finds out too.
-        self.open_with(InodeFileHandlesMode::Prefer).or_else(|_| self.open_with(InodeFileHandlesMode::Never))
-    }
-
-    fn open_with(&self, inode_file_handles: InodeFileHandlesMode) -> io::Result<Share> {
         let FsOptions { read_only, cache, writeback } = self.options;
         let (cache_policy, validity) = match cache {
             FsCache::Never => (CachePolicy::Never, Duration::ZERO),
@@ -106,7 +96,6 @@ impl ShareSource {
         let config = Config {
             root_dir: ".".to_owned(),
             proc_sfd_rawfd: Some(self.proc_fds.try_clone()?),
-            proc_mountinfo_rawfd: Some(self.proc_mountinfo.try_clone()?),
             entry_timeout: validity,
             attr_timeout: validity,
             cache_policy,
@@ -117,7 +106,9 @@ impl ShareSource {
             posix_acl: NegotiationMode::Auto,
             // The root file system and volumes mounted below it have inode numbers in common.
             announce_submounts: true,
-            inode_file_handles,
+            // An inode that the guest has in its caches is a host descriptor. A file handle would stand for it without one, but is a
+            // privilege of the host's root, for it opens what no path leads to (Linux 6.12 fs/fhandle.c, may_decode_fh()).
+            inode_file_handles: InodeFileHandlesMode::Never,
             readdirplus: true,
             // O_DIRECT reaches the server either way; here it would fail where the host's file system cannot do it
             // (tmpfs before 6.6) and for buffers it finds misaligned.

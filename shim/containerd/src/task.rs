@@ -1,0 +1,234 @@
+//! A process in a pod, as containerd sees it: a container's own, or a further one (an "exec").
+//!
+//! It goes from created over running to stopped, which is for good, and its end is told once, after its start has been.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use containerd_shim::protos::api::Status;
+use containerd_shim::protos::events::task::TaskExit;
+use containerd_shim::protos::protobuf::MessageField;
+use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
+use kvrun_pod::container::{Exit, ExitState};
+use kvrun_pod::process::Process;
+use kvrun_pod::stdio::{Copying, Streams};
+use rustix::thread::gettid;
+use tokio::sync::watch;
+
+use crate::error::{Error, host};
+use crate::events::{Events, now};
+use crate::stdio::{Logger, Names, Opened, Owner};
+
+/// The exit status of what was killed.
+pub(crate) const KILLED: u32 = 128 + 9;
+/// How long the output of a process that is deleted may still take to get to a client that does not read it.
+const DRAIN: Duration = Duration::from_secs(5);
+/// The stack of a thread that does nothing.
+const STACK: usize = 16 * 1024;
+
+/// How and when a process ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: u32,
+    pub(crate) at: Timestamp,
+}
+
+/// A process ID on the host that stands for a process in the guest, as long as this is there: that of a thread that sleeps. By it, namespaces
+/// of a container are named in the configs of others.
+#[derive(Debug)]
+struct HostPid {
+    pid: u32,
+    thread: thread::Thread,
+    gone: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl HostPid {
+    fn new() -> std::io::Result<Self> {
+        let gone = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let seen = Arc::clone(&gone);
+        let thread = thread::Builder::new().name("container".into()).stack_size(STACK).spawn(move || {
+            let _ = sender.send(gettid());
+            while !seen.load(std::sync::atomic::Ordering::Acquire) {
+                thread::park();
+            }
+        })?;
+        let pid = receiver.recv().map_err(std::io::Error::other)?.as_raw_nonzero().get().unsigned_abs();
+        Ok(Self { pid, thread: thread.thread().clone(), gone })
+    }
+}
+
+impl Drop for HostPid {
+    fn drop(&mut self) {
+        self.gone.store(true, std::sync::atomic::Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
+/// A process.
+#[derive(Debug)]
+pub(crate) struct Task {
+    pub(crate) container: String,
+    /// Empty for the container's own.
+    pub(crate) exec_id: String,
+    pub(crate) names: Names,
+    pid: HostPid,
+    paused: Mutex<bool>,
+    /// In the guest; from the start on if it is a further one.
+    process: Mutex<Option<Process>>,
+    started: watch::Sender<bool>,
+    ended: watch::Sender<Option<Ended>>,
+    streams: Mutex<Open>,
+    /// Held while it is being started.
+    pub(crate) changing: tokio::sync::Mutex<()>,
+}
+
+/// What is open for it on the host.
+#[derive(Debug, Default)]
+struct Open {
+    copying: Option<Copying>,
+    input: Option<std::os::fd::OwnedFd>,
+    logger: Option<Logger>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Task {
+    /// One that is not in the guest yet.
+    pub(crate) fn new(container: &str, exec_id: &str, names: Names) -> Result<Self, Error> {
+        Ok(Self {
+            container: container.to_owned(),
+            exec_id: exec_id.to_owned(),
+            names,
+            pid: HostPid::new().map_err(host("start a thread for the process"))?,
+            paused: Mutex::new(false),
+            process: Mutex::default(),
+            started: watch::Sender::new(false),
+            ended: watch::Sender::new(None),
+            streams: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// Opens its streams.
+    pub(crate) fn open(&self, namespace: &str) -> Result<Opened, Error> {
+        self.names.open(Owner { namespace, id: &self.container })
+    }
+
+    /// It is in the guest: copies its streams, and tells of its end when it has come, and of that of its start before.
+    pub(crate) fn is_made(
+        self: &Arc<Self>,
+        process: Process,
+        streams: Streams,
+        opened: Opened,
+        events: Events,
+        on_end: impl FnOnce(&Exit) + Send + 'static,
+    ) -> Result<(), Error> {
+        let copying = Copying::start(opened.stdio, streams)?;
+        *lock(&self.streams) = Open { copying: Some(copying), input: opened.input, logger: opened.logger };
+        *lock(&self.process) = Some(process.clone());
+        let task = Arc::clone(self);
+        tokio::spawn(async move {
+            let exit = process.wait().await;
+            // Its start is told first, by whoever holds this.
+            let _changing = task.changing.lock().await;
+            on_end(&exit);
+            task.has_ended(&exit, &events);
+        });
+        Ok(())
+    }
+
+    fn has_ended(&self, exit: &Exit, events: &Events) {
+        if let ExitState::VmDied(death) = &exit.state {
+            tracing::error!(container = self.container, exec = self.exec_id, %death, "the virtual machine died");
+        }
+        let ended = Ended { status: exit.state.code().into(), at: now() };
+        // Nobody writes to it any more.
+        lock(&self.streams).input = None;
+        events.publish(TaskExit {
+            container_id: self.container.clone(),
+            // The container's own ID for its own process, as containerd has it.
+            id: if self.exec_id.is_empty() { self.container.clone() } else { self.exec_id.clone() },
+            pid: self.pid(),
+            exit_status: ended.status,
+            exited_at: MessageField::some(ended.at.clone()),
+            ..Default::default()
+        });
+        self.ended.send_replace(Some(ended));
+    }
+
+    /// The process ID on the host.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.pid
+    }
+
+    /// In the guest.
+    pub(crate) fn process(&self) -> Result<Process, Error> {
+        lock(&self.process).clone().ok_or(Error::WrongState { what: "use", status: "created" })
+    }
+
+    /// It runs, or has run.
+    pub(crate) fn set_started(&self) {
+        self.started.send_replace(true);
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) {
+        *lock(&self.paused) = paused;
+    }
+
+    /// Its state, in containerd's words.
+    pub(crate) fn status(&self) -> Status {
+        if self.ended.borrow().is_some() {
+            Status::STOPPED
+        } else if !*self.started.borrow() {
+            Status::CREATED
+        } else if *lock(&self.paused) {
+            Status::PAUSED
+        } else {
+            Status::RUNNING
+        }
+    }
+
+    /// The error that this cannot be done now.
+    pub(crate) fn wrong_state(&self, what: &'static str) -> Error {
+        let status = match self.status() {
+            Status::CREATED => "created",
+            Status::RUNNING => "running",
+            Status::PAUSED => "paused",
+            _ => "stopped",
+        };
+        Error::WrongState { what, status }
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        self.ended.borrow().clone()
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn wait(&self) -> Ended {
+        let mut ended = self.ended.subscribe();
+        // The sender is in `self`, so the receiver does not outlive it.
+        match ended.wait_for(Option::is_some).await.map(|ended| ended.clone()) {
+            Ok(Some(ended)) => ended,
+            _ => Ended { status: KILLED, at: now() },
+        }
+    }
+
+    /// Its input ends, once what is written has been read.
+    pub(crate) fn close_input(&self) {
+        lock(&self.streams).input = None;
+    }
+
+    /// Closes its streams, once its output has been read, or will not be.
+    pub(crate) async fn close(&self) {
+        let open = std::mem::take(&mut *lock(&self.streams));
+        if let Some(copying) = open.copying {
+            let _ = tokio::time::timeout(DRAIN, copying.drain()).await;
+        }
+        drop(open.logger);
+    }
+}

@@ -1,0 +1,180 @@
+//! containerd and `ctr`, its command line: each test has a containerd of its own, whose files are among the test's.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::bundle::userland;
+use crate::fixture::Test;
+use crate::process::{Outcome, Running, gone_within};
+use crate::terminal::{Terminal, on_terminal};
+
+/// The image that it has: busybox and nothing else.
+pub const IMAGE: &str = "localhost/busybox:latest";
+/// What containerd calls us.
+pub const RUNTIME: &str = "io.containerd.kvrun.v2";
+/// The name of a shim's process.
+pub const SHIM: &str = "containerd-shim";
+/// Where shims listen, and clients have their FIFOs: fixed by `containerd` and `ctr`.
+const RUN: &str = "/run/containerd";
+
+/// A containerd that runs.
+#[derive(Debug)]
+pub struct Containerd<'a> {
+    test: &'a Test,
+    dir: PathBuf,
+    daemon: Running,
+}
+
+/// Plugins that no test needs: each costs time at the start.
+const UNUSED: [&str; 8] = [
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.tracing.processor.v1.otlp",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+];
+
+impl<'a> Containerd<'a> {
+    /// One that has [`IMAGE`].
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn new(test: &'a Test) -> Result<Self> {
+        let dir = test.scratch().join("containerd");
+        fs::create_dir_all(&dir)?;
+        let here = dir.display();
+        let config = format!(
+            "version = 3\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {UNUSED:?}\n\
+             [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n"
+        );
+        fs::write(dir.join("config.toml"), config)?;
+        let containerd = Self { test, daemon: start(test, &dir)?, dir };
+        let archive = image_archive(&containerd.dir)?;
+        containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
+        Ok(containerd)
+    }
+
+    /// A `ctr` command that runs in the background, with its streams on pipes.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(&self, args: &[&str]) -> Result<Running> {
+        let mut command = Command::new("ctr");
+        self.complete(&mut command, args);
+        Running::start(&mut command)
+    }
+
+    /// What a `ctr` command becomes, without input.
+    ///
+    /// # Errors
+    /// When it cannot be started, or does not end in time.
+    pub fn ctr(&self, args: &[&str]) -> Result<Outcome> {
+        self.start(args)?.without_input().wait()
+    }
+
+    /// A `ctr` command on a terminal.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_on(&self, terminal: &Terminal, args: &[&str]) -> Result<Running> {
+        let mut command = on_terminal("ctr");
+        self.complete(&mut command, args);
+        terminal.attach(command)
+    }
+
+    fn complete(&self, command: &mut Command, args: &[&str]) {
+        self.test.environment(command);
+        command.arg("--address").arg(self.dir.join("containerd.sock")).args(args);
+    }
+
+    /// What containerd and its shims have said so far.
+    pub fn log(&self) -> String {
+        self.daemon.stderr.text()
+    }
+
+    /// Kills it, and starts it again over the same files.
+    ///
+    /// # Errors
+    /// When it does not end, or not come up.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon.kill()?;
+        self.daemon = start(self.test, &self.dir)?;
+        Ok(())
+    }
+
+    /// Ends it, once the shims have ended, which containerd does not wait for. None may have left its socket.
+    ///
+    /// # Errors
+    /// When it does not end, or a shim does not.
+    pub fn end(self) -> Result<()> {
+        for (pid, shim) in self.test.processes(SHIM).unwrap_or_default() {
+            gone_within(shim, self.daemon.deadline().saturating_duration_since(Instant::now()))
+                .with_context(|| format!("shim {pid}; containerd said {}", self.log()))?;
+        }
+        self.daemon.signal(Signal::TERM)?;
+        let log = self.daemon.wait()?.exited(0).stderr;
+        let sockets = Path::new(RUN).join("s");
+        let left =
+            fs::read_dir(&sockets).map(|dir| dir.flatten().map(|entry| entry.path()).collect::<Vec<_>>());
+        let left = left.unwrap_or_default();
+        ensure!(left.is_empty(), "shims have left their sockets: {left:?}; containerd said {log}");
+        if Path::new(RUN).exists() {
+            fs::remove_dir_all(RUN).with_context(|| format!("cannot remove {RUN}"))?;
+        }
+        // The namespaces of containerd are directories of ours, which stay.
+        for dir in ["/run/kvrun/containerd/default", "/run/kvrun/containerd", "/run/kvrun"] {
+            if Path::new(dir).exists() {
+                fs::remove_dir(dir)
+                    .with_context(|| format!("a shim has left something in {dir}; containerd said {log}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn start(test: &Test, dir: &Path) -> Result<Running> {
+    let mut command = Command::new("containerd");
+    test.environment(&mut command);
+    // Shims are looked for on the path.
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display());
+    command.env("PATH", path).arg("--config").arg(dir.join("config.toml"));
+    let daemon = Running::start(&mut command)?.without_input();
+    let booted = daemon.stderr.until("successfully booted");
+    booted.with_context(|| format!("containerd: {:?}", daemon.stderr))?;
+    Ok(daemon)
+}
+
+/// An image in the format of `docker save`.
+fn image_archive(dir: &Path) -> Result<PathBuf> {
+    let (root, layer, archive) = (dir.join("image"), dir.join("layer.tar"), dir.join("image.tar"));
+    userland(&root)?;
+    tar(&root, &layer, &["."])?;
+    let sum = Command::new("sha256sum").arg(&layer).output()?;
+    let text = String::from_utf8(sum.stdout)?;
+    let digest = format!("sha256:{}", text.split(' ').next().unwrap_or_default());
+    let config = json!({
+        "architecture": "amd64", "os": "linux",
+        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest]},
+    });
+    fs::write(dir.join("config.json"), config.to_string())?;
+    let manifest = json!([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]);
+    fs::write(dir.join("manifest.json"), manifest.to_string())?;
+    tar(dir, &archive, &["manifest.json", "config.json", "layer.tar"])?;
+    Ok(archive)
+}
+
+fn tar(dir: &Path, archive: &Path, files: &[&str]) -> Result<()> {
+    let made = Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(archive).args(files).status()?;
+    ensure!(made.success(), "tar: {made}");
+    Ok(())
+}

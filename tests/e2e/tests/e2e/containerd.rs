@@ -1,0 +1,171 @@
+//! containerd with our shim, by `ctr`.
+
+use std::fs;
+use std::io::Write;
+
+use anyhow::{Context, Result, ensure};
+use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
+use kvrun_e2e::{Case, Terminal, Test, cases};
+use rustix::process::{Signal, pidfd_send_signal};
+use serde_json::Value;
+
+pub(crate) const CASES: &[Case] = cases![
+    run_passes_streams_and_exit_codes,
+    task_is_used_by_every_call_and_its_events_are_in_order,
+    task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
+    task_outlives_containerd,
+];
+
+/// The arguments of `ctr run`.
+fn run<'a>(flags: &[&'a str], id: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+    let mut all = vec!["run", "--runtime", RUNTIME];
+    all.extend(flags);
+    all.extend([IMAGE, id]);
+    all.extend(args);
+    all
+}
+
+fn run_passes_streams_and_exit_codes(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let script = "cat; echo problem >&2; uname -r >&2; exit 7";
+    let mut started = containerd.start(&run(&["--rm"], t.id(), &["sh", "-c", script]))?;
+    let mut stdin = started.stdin.take().context("no stdin")?;
+    stdin.write_all(b"from outside\n")?;
+    // `ctr` misses an end of its input that comes before the container is there.
+    started.until("from outside")?;
+    drop(stdin);
+    let outcome = started.wait()?.exited(7).stdout("from outside\n");
+    let guest = outcome.stderr.strip_prefix("problem\n").context("no stderr")?;
+    ensure!(guest != fs::read_to_string("/proc/sys/kernel/osrelease")?, "the kernel of the host: {guest}");
+
+    let outcome = containerd.ctr(&run(&["--rm"], t.id(), &["/no/such/program"]))?.failed();
+    ensure!(outcome.stderr.contains("\"/no/such/program\" does not exist in the container"), "{outcome}");
+
+    let outcome =
+        containerd.ctr(&run(&["--runtime-config-path", "/etc/kvrun.toml"], t.id(), &["true"]))?.failed();
+    ensure!(outcome.stderr.contains("this runtime has no options"), "{outcome}");
+    containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+
+    let terminal = Terminal::open(31, 97)?;
+    let shell = containerd.start_on(&terminal, &run(&["--rm", "--tty"], t.id(), &["sh"]))?;
+    shell.until("# ")?;
+    terminal.keys(b"stty size; tty\n")?;
+    shell.until("31 97")?;
+    shell.until("/dev/pts/0")?;
+    terminal.keys(b"exit 9\n")?;
+    shell.wait()?.exited(9);
+
+    let log = t.scratch().join("log");
+    let uri = format!("file://{}", log.display());
+    let script = "echo out; echo err >&2";
+    containerd.ctr(&run(&["--detach", "--log-uri", &uri], t.id(), &["sh", "-c", script]))?.exited(0);
+    containerd.ctr(&["task", "wait", t.id()]).map(drop)?;
+    containerd.ctr(&["task", "delete", t.id()])?.exited(0);
+    let text = fs::read_to_string(&log)?;
+    ensure!(text.contains("out\n") && text.contains("err\n"), "{text:?}");
+    containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+    containerd.end()
+}
+
+fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let events = containerd.start(&["events"])?;
+    let id = t.id();
+    let script = "trap 'exit 3' TERM; while :; do sleep 0.1; done";
+    let limit = ["--detach", "--memory-limit", "67108864"];
+    containerd.ctr(&run(&limit, id, &["sh", "-c", script]))?.exited(0);
+    let refused = |args: &[&str], words: &str| -> Result<()> {
+        let outcome = containerd.ctr(args)?.failed();
+        ensure!(outcome.stderr.contains(words), "{args:?}: {outcome}");
+        Ok(())
+    };
+    refused(&["task", "delete", id], "failed precondition")?;
+    refused(&["task", "kill", "--exec-id", "none", id], "process none does not exist")?;
+    refused(&["task", "checkpoint", id], "cannot be checkpointed")?;
+
+    let exec = ["task", "exec", "--exec-id", "first", id, "sh", "-c", "cat; ps; exit 5"];
+    let mut exec = containerd.start(&exec)?;
+    let mut stdin = exec.stdin.take().context("no stdin")?;
+    stdin.write_all(b"input\n")?;
+    exec.until("input")?;
+    drop(stdin);
+    let outcome = exec.wait()?.exited(5);
+    ensure!(
+        outcome.text().starts_with("input\n") && outcome.text().contains("1 root     sh -c trap"),
+        "{outcome}"
+    );
+
+    let text = containerd.ctr(&["task", "metrics", "--format", "json", id])?.exited(0).text();
+    let metrics: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    ensure!(metrics["memory"]["usage_limit"] == 67_108_864, "{text}");
+    ensure!(metrics["cpu"]["usage_usec"].as_u64().is_some_and(|used| used > 0), "{text}");
+
+    let statuses = |status: &str| -> Result<()> {
+        let list = containerd.ctr(&["task", "list"])?.exited(0).text();
+        ensure!(list.lines().any(|line| line.starts_with(id) && line.ends_with(status)), "{status}: {list}");
+        Ok(())
+    };
+    statuses("RUNNING")?;
+    containerd.ctr(&["task", "pause", id])?.exited(0);
+    statuses("PAUSED")?;
+    containerd.ctr(&["task", "resume", id])?.exited(0);
+    statuses("RUNNING")?;
+    containerd.ctr(&["task", "kill", "--signal", "TERM", id])?.exited(0);
+    // It deletes the task once that has ended.
+    containerd.ctr(&["task", "attach", id])?.exited(3);
+    containerd.ctr(&["container", "delete", id])?.exited(0);
+
+    events.until("/tasks/delete")?;
+    events.signal(Signal::TERM)?;
+    let seen = events.stdout.text();
+    let topics: Vec<&str> = seen
+        .lines()
+        .filter_map(|line| line.split_whitespace().find_map(|word| word.strip_prefix("/tasks/")))
+        .collect();
+    let checkpoint = ["paused", "resumed"];
+    let expected = ["create", "start"].iter().chain(&checkpoint).chain(&[
+        "exec-added",
+        "exec-started",
+        "exit",
+        "paused",
+        "resumed",
+        "exit",
+        "delete",
+    ]);
+    ensure!(topics.iter().eq(expected), "{topics:?}: {seen}");
+    drop(events);
+    containerd.end()
+}
+
+fn task_that_is_killed_with_its_machine_or_shim_leaves_nothing(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let id = t.id();
+    let running = containerd.start(&run(&["--rm"], id, &["sh", "-c", "echo up; sleep 1000"]))?;
+    running.until("up")?;
+    for (_, vmm) in t.vmms()? {
+        pidfd_send_signal(vmm, Signal::KILL)?;
+    }
+    running.wait()?.exited(137);
+    ensure!(containerd.log().contains("the virtual machine died"), "{}", containerd.log());
+
+    let running = containerd.start(&run(&["--rm"], id, &["sh", "-c", "echo up; sleep 1000"]))?;
+    running.until("up")?;
+    for (_, shim) in t.processes(SHIM)? {
+        pidfd_send_signal(shim, Signal::KILL)?;
+    }
+    // Nobody is left to say how it ended; that containerd cleans up is what counts.
+    running.wait()?.exited(1);
+    containerd.end()
+}
+
+fn task_outlives_containerd(t: &Test) -> Result<()> {
+    let mut containerd = Containerd::new(t)?;
+    let id = t.id();
+    let script = "until [ -e /go ]; do sleep 0.1; done; exit 4";
+    containerd.ctr(&run(&["--detach"], id, &["sh", "-c", script]))?.exited(0);
+    containerd.restart()?;
+    containerd.ctr(&["task", "exec", "--exec-id", "first", id, "touch", "/go"])?.exited(0);
+    containerd.ctr(&["task", "attach", id])?.exited(4);
+    containerd.ctr(&["container", "delete", id])?.exited(0);
+    containerd.end()
+}
