@@ -1,12 +1,13 @@
 //! File systems of attached devices.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use kvrun_agent_api::agent::mount_request::Kind;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
-use rustix::fs::{AtFlags, Mode, mkdirat, unlinkat};
+use rustix::fs::{AtFlags, CWD, Mode, StatxFlags, mkdirat, statx, unlinkat};
 
 use crate::path::{PathError, RunPath, of_fd};
 
@@ -132,6 +133,19 @@ pub fn forget_directory(path: &RunPath) -> Result<(), MountError> {
         let _ = unlinkat(&parent, name, AtFlags::REMOVEDIR);
     }
     Ok(())
+}
+
+/// Asks the host what files of a share are like now, whatever the cache says: it may have been asked when somebody on the host had not
+/// written them yet. A page cache of what has changed is dropped (Linux 6.12 fs/fuse/inode.c, `fuse_change_attributes`). May block for as long as
+/// the device does.
+pub fn look_again(files: &[PathBuf]) {
+    for file in files {
+        let flags = AtFlags::STATX_FORCE_SYNC | AtFlags::SYMLINK_NOFOLLOW;
+        if let Err(err) = statx(CWD, file, flags, StatxFlags::BASIC_STATS) {
+            // Whoever opens it is told the same.
+            log::debug!("look again at {}: {err}", file.display());
+        }
+    }
 }
 
 /// What is mounted, in order.

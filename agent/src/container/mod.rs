@@ -23,6 +23,7 @@ pub use self::spec::ContainerSpec;
 use crate::cgroup::Cgroup;
 use crate::cgroup::freeze::freeze;
 use crate::descriptor::Descriptor;
+use crate::mounts::look_again;
 use crate::oci::create::{Creation, OciError, StartGate, What, create};
 use crate::oci::helper::CONFIG;
 use crate::path::OCI_DIR;
@@ -117,6 +118,8 @@ pub struct Container {
     cgroup: Cgroup,
     process: OnceLock<Arc<Process>>,
     template: OnceLock<exec::Template>,
+    /// The sources of its bind mounts.
+    binds: OnceLock<Vec<PathBuf>>,
     execs: exec::Execs,
     state: tokio::sync::Mutex<State>,
     removal: watch::Sender<bool>,
@@ -139,6 +142,7 @@ impl Container {
             cgroup,
             process: OnceLock::new(),
             template: OnceLock::new(),
+            binds: OnceLock::new(),
             execs: exec::Execs::default(),
             state: tokio::sync::Mutex::new(State::Creating),
             removal,
@@ -190,6 +194,7 @@ impl Container {
     ) -> Result<(i32, StartGate), ContainerError> {
         // Set once: this runs once.
         let _ = self.template.set(exec::Template::of(&spec));
+        let _ = self.binds.set(spec.binds());
         let bundle = self.bundle();
         fs::create_dir_all(&bundle).map_err(self.system("make the bundle directory"))?;
         let config = serde_json::to_vec(&spec.spec).map_err(self.system("write the config"))?;
@@ -259,6 +264,11 @@ impl Container {
         };
         // startContainer hooks run here, and nobody who wants to kill or remove the container waits for them.
         drop(state);
+        // Engines write files like /etc/resolv.conf after the creation, when they know the network.
+        let binds = self.binds.get().cloned().unwrap_or_default();
+        tokio::task::spawn_blocking(move || look_again(&binds))
+            .await
+            .map_err(|err| self.system("look at the bind mounts")(io::Error::other(err)))?;
         Ok(gate.start().await?)
     }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use kvrun_agent_api::GUEST_CONTAINERS_DIR;
-use oci_spec::runtime::{LinuxIdMapping, Spec};
+use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 
 use super::ContainerId;
 use crate::cgroup::{Cgroup, CgroupPathError};
@@ -74,6 +74,22 @@ impl ContainerSpec {
         );
         let cgroup = Cgroup::from_spec(linux.cgroups_path().as_deref(), id.as_str())?;
         Ok(Self { spec, cgroup, terminal, console_size, owner, host_bundle })
+    }
+
+    /// The sources of its bind mounts.
+    pub(super) fn binds(&self) -> Vec<PathBuf> {
+        let is_bind = |mount: &&Mount| {
+            let mut options = mount.options().iter().flatten();
+            mount.typ().as_deref() == Some("bind")
+                || options.any(|option| matches!(option.as_str(), "bind" | "rbind"))
+        };
+        self.spec
+            .mounts()
+            .iter()
+            .flatten()
+            .filter(is_bind)
+            .filter_map(|mount| mount.source().clone())
+            .collect()
     }
 }
 
@@ -152,6 +168,17 @@ mod tests {
         {
             assert!(find(bad).unwrap_err().to_string().contains(bad));
         }
+    }
+
+    #[test]
+    fn bind_mounts_are_told_from_file_systems() {
+        let json = r#"{"ociVersion":"1.0.2","root":{"path":"/r"},"linux":{},
+            "process":{"user":{"uid":0,"gid":0},"args":["sh"],"cwd":"/"},
+            "mounts":[{"destination":"/a","type":"bind","source":"/s/a"},
+                      {"destination":"/b","source":"/s/b","options":["ro","rbind"]},
+                      {"destination":"/proc","type":"proc","source":"proc"}]}"#;
+        let spec = ContainerSpec::parse(json.as_bytes(), &ContainerId::parse("c1").unwrap(), PathBuf::new());
+        assert_eq!(spec.unwrap().binds(), [PathBuf::from("/s/a"), PathBuf::from("/s/b")]);
     }
 
     #[test]

@@ -13,24 +13,28 @@ use rustix::io::Errno;
 /// How deep a tree we follow. The tmpfs bounds its size.
 const DEPTH_MAX: usize = 64;
 
-/// Copies a directory's contents, owner and mode; extended attributes and times are not copied. The source is a stranger's, but nobody
-/// changes it meanwhile who could not have made it so at once, and no link in it is followed.
+/// Copies a directory's contents; and, unless the options of the tmpfs say otherwise, its owner and mode. Extended attributes and times are not
+/// copied. The source is a stranger's, but nobody changes it meanwhile who could not have made it so at once, and no link in it is followed.
 ///
 /// # Errors
 ///
 /// A file cannot be read, or the tmpfs is full (`ENOSPC`).
-pub fn copy(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+pub fn copy(source: &OwnedFd, target: &OwnedFd, says: impl Fn(&str) -> bool) -> io::Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let (source, target) =
         (openat(source, ".", flags, Mode::empty())?, openat(target, ".", flags, Mode::empty())?);
-    copy_directory(&source, &target, 0)
+    copy_contents(&source, &target, 0)?;
+    let stat = fstat(&source)?;
+    let uid = (!says("uid")).then(|| Uid::from_raw(stat.st_uid));
+    let gid = (!says("gid")).then(|| Gid::from_raw(stat.st_gid));
+    fchown(&target, uid, gid)?;
+    if says("mode") { Ok(()) } else { Ok(fchmod(&target, Mode::from_raw_mode(stat.st_mode))?) }
 }
 
-fn copy_directory(source: &OwnedFd, target: &OwnedFd, depth: usize) -> io::Result<()> {
+fn copy_contents(source: &OwnedFd, target: &OwnedFd, depth: usize) -> io::Result<()> {
     if depth > DEPTH_MAX {
         return Err(Errno::NAMETOOLONG.into());
     }
-    let stat = fstat(source)?;
     for entry in Dir::read_from(source)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -48,8 +52,7 @@ fn copy_directory(source: &OwnedFd, target: &OwnedFd, depth: usize) -> io::Resul
                     openat(source, name, flags, Mode::empty())?,
                     openat(target, name, flags, Mode::empty())?,
                 );
-                copy_directory(&from, &to, depth + 1)?;
-                continue;
+                copy_contents(&from, &to, depth + 1)?;
             }
             FileType::RegularFile => {
                 let mut from = File::from(openat(source, name, flags, Mode::empty())?);
@@ -71,6 +74,5 @@ fn copy_directory(source: &OwnedFd, target: &OwnedFd, depth: usize) -> io::Resul
             chmodat(target, name, mode, AtFlags::empty())?;
         }
     }
-    fchown(target, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
-    Ok(fchmod(target, Mode::from_raw_mode(stat.st_mode))?)
+    Ok(())
 }

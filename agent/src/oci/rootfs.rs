@@ -50,6 +50,9 @@ impl Sources {
         let root = clone_tree(CWD, root_path, true)
             .map_err(system(format!("root.path: clone {}", root_path.display())))?;
         let own_cgroups = namespaces.is_private(LinuxNamespaceType::Cgroup);
+        // Who does not own the network may not mount sysfs, which shows it (Linux fs/sysfs/mount.c, `sysfs_init_fs_context`).
+        let is_a_guest_on_the_network = namespaces.is_private(LinuxNamespaceType::User)
+            && !namespaces.is_private(LinuxNamespaceType::Network);
         let mut mounts = Vec::new();
         for (index, mount) in spec.mounts().iter().flatten().enumerate() {
             let options = MountOptions::parse(index, mount)?;
@@ -63,6 +66,10 @@ impl Sources {
                 (None, Some("cgroup" | "cgroup2")) if !own_cgroups => Some(
                     clone_tree(CWD, cgroup, true)
                         .map_err(system(format!("mounts[{index}]: clone the cgroup")))?,
+                ),
+                (None, Some("sysfs")) if is_a_guest_on_the_network => Some(
+                    new_file_system("sysfs", "sysfs", &options.data)
+                        .map_err(|(step, err)| system(format!("mounts[{index}]: {step}"))(err))?,
                 ),
                 _ => None,
             });
@@ -177,7 +184,7 @@ impl Root {
         };
         let mut target =
             in_root::make(&self.fd, destination, is_file).map_err(system(what("make the mount point")))?;
-        if matches!(typ, "proc" | "sysfs") && tree.is_none() {
+        if matches!(typ, "proc" | "sysfs") && options.bind.is_none() {
             // What everybody trusts to be at its place must not be led elsewhere by the image.
             target = in_root::open_without_links(&self.fd, destination)
                 .map_err(system(what("open the mount point, which must not contain a symbolic link")))?;
@@ -192,7 +199,8 @@ impl Root {
             }
         };
         if options.copy_up {
-            copy_up::copy(&target, &tree)
+            let says = |name: &str| options.data.iter().any(|(option, _)| option == name);
+            copy_up::copy(&target, &tree, says)
                 .map_err(system(what("tmpcopyup: copy what the image has there")))?;
         }
         let mut attr = options.attr;

@@ -7,6 +7,7 @@ use containerd_shim::Flags;
 use containerd_shim::protos::api::DeleteResponse;
 use containerd_shim::protos::protobuf::MessageField;
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::network::{self, NetworkNamespace};
 use kvrun_pod::record::Record;
 use kvrun_pod::state_dir::{self, ContainerDir, StateError};
 use rustix::process::Signal;
@@ -32,6 +33,7 @@ pub(crate) fn delete(flags: &Flags) -> Result<DeleteResponse, Error> {
                 return Err(Error::TooSlow { what: "the end of a killed process", bound: DEATH });
             }
         }
+        release_network(&record);
         match ContainerDir::take_over(&root, &id) {
             // Dropping it removes everything.
             Ok(dir) => drop(dir),
@@ -47,6 +49,18 @@ pub(crate) fn delete(flags: &Flags) -> Result<DeleteResponse, Error> {
         exited_at: MessageField::some(now()),
         ..Default::default()
     })
+}
+
+/// Gives back what the pod's machine had of the host's network.
+fn release_network(record: &Record) {
+    // If the namespace is gone, so are its links.
+    let Some(namespace) = record.network.as_ref().and_then(|path| NetworkNamespace::open(path).ok()) else {
+        return;
+    };
+    if let Err(error) = network::release(&namespace) {
+        // Containerd logs what the action says on standard error.
+        eprintln!("give the pod's network namespace back: {}", kvrun_pod::text::chain(&error));
+    }
 }
 
 fn record(root: &std::path::Path, id: &ContainerId) -> Result<Option<Record>, Error> {

@@ -10,6 +10,7 @@ use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::container::CreateError;
 use kvrun_pod::container_id::InvalidContainerId;
 use kvrun_pod::hooks::HookError;
+use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
 use kvrun_pod::share::ShareError;
 use kvrun_pod::size::SizeError;
@@ -94,6 +95,9 @@ pub(crate) enum Error {
     /// The machine or its agent.
     #[error(transparent)]
     Pod(#[from] PodError),
+    /// The pod cannot be on its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A stream.
     #[error(transparent)]
     Stdio(#[from] StdioError),

@@ -14,14 +14,17 @@ use containerd_shim::protos::api::Status as State;
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskOOM, TaskStart};
 use containerd_shim::protos::types::mount::Mount;
 use kvrun_pod::assets::{Assets, Explicit};
-use kvrun_pod::bundle::{Bundle, LinuxResources, Process as OciProcess, Spec, check_process};
+use kvrun_pod::bundle::{
+    Bundle, Files, HostNetwork, LinuxResources, Process as OciProcess, Spec, check_process,
+};
 use kvrun_pod::cgroup::{self, HostCgroup};
 use kvrun_pod::container::Exit;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::network::{Network, NetworkNamespace};
 use kvrun_pod::pod::{self as engine, Pod as Vm, Starting};
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::{MountNamespace, Place, Share};
+use kvrun_pod::share::{MountNamespace, Place, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
 use kvrun_pod::{hooks, text};
@@ -42,6 +45,8 @@ pub(crate) struct Pod {
     namespace: String,
     state_root: PathBuf,
     mounts: MountNamespace,
+    /// The network namespace of this process.
+    home: NetworkNamespace,
     events: Events,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
@@ -59,6 +64,8 @@ const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
 #[derive(Debug)]
 struct Machine {
     vm: Vm,
+    /// Its links, if it is in a network namespace.
+    network: Option<Network>,
     share: Share,
     _cgroup: Option<HostCgroup>,
     _dir: ContainerDir,
@@ -146,12 +153,14 @@ impl Pod {
         namespace: &str,
         state_root: PathBuf,
         mounts: MountNamespace,
+        home: NetworkNamespace,
         events: Events,
     ) -> Arc<Self> {
         Arc::new(Self {
             namespace: namespace.to_owned(),
             state_root,
             mounts,
+            home,
             events,
             machine: tokio::sync::Mutex::default(),
             containers: Mutex::default(),
@@ -191,16 +200,17 @@ impl Pod {
             let mut all = containers.values();
             all.find(|other| other.task.pid() == pid.unsigned_abs()).map(|other| other.id.clone())
         };
-        let bundle = Bundle::load_beside(&path, &sibling)?;
+        let (bundle, files) = Bundle::load_beside(&path, &sibling)?;
         let task = Arc::new(Task::new(&plan.id, "", plan.names)?);
         let is_first = machine.is_none();
         let (used, spec, place) = match &*machine {
             Some(machine) => {
-                let (spec, place) = machine.share.add(&bundle)?;
+                machine.check_network(&bundle)?;
+                let (spec, place) = machine.share.add(&bundle, Trees::of(&bundle, &files)?)?;
                 (Arc::clone(machine), spec, place)
             }
             None => {
-                let (booted, spec, place) = self.boot(&id, &bundle).await?;
+                let (booted, spec, place) = self.boot(&id, &bundle, files).await?;
                 (Arc::clone(machine.insert(Arc::new(booted))), spec, place)
             }
         };
@@ -233,13 +243,22 @@ impl Pod {
     }
 
     /// Brings the machine up, with the files of its first container.
-    async fn boot(&self, id: &ContainerId, bundle: &Bundle) -> Result<(Machine, Spec, Place), Error> {
+    async fn boot(
+        &self,
+        id: &ContainerId,
+        bundle: &Bundle,
+        files: Files,
+    ) -> Result<(Machine, Spec, Place), Error> {
         let size = VmSize::for_spec(bundle.spec())?;
+        let mut network = self.network(bundle, size)?;
         let assets = Assets::open(&Explicit::default())?;
         std::fs::create_dir_all(&self.state_root).map_err(host("make the state directory"))?;
         let dir = ContainerDir::claim(&self.state_root, id)?;
         let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
         let mut record = Record::creating(id.clone(), process, String::new());
+        if let HostNetwork::Named { path, .. } = bundle.network() {
+            record.network = Some(path.clone());
+        }
         let write = |record: &Record| record.write(dir.as_fd()).map_err(host("write the pod's record"));
         write(&record)?;
         // Before anything is started, so that all of it is accounted there.
@@ -253,9 +272,26 @@ impl Pod {
         record.vmm = starting.vmm().process().ok();
         write(&record)?;
         // While the guest boots.
-        let (spec, place) = share.add(bundle)?;
+        let (spec, place) = share.add(bundle, Trees::of(bundle, &files)?)?;
         let vm = starting.ready().await?;
-        Ok((Machine { vm, share, _cgroup: cgroup, _dir: dir }, spec, place))
+        if let Some(network) = &mut network {
+            network.update(&vm).await?;
+        }
+        Ok((Machine { vm, network, share, _cgroup: cgroup, _dir: dir }, spec, place))
+    }
+
+    /// What the machine is to have of the host's networks: the links of the namespace that is named, which CNI has made before.
+    fn network(&self, bundle: &Bundle, size: VmSize) -> Result<Option<Network>, Error> {
+        let HostNetwork::Named { path, namespace } = bundle.network() else { return Ok(None) };
+        let look = host("look at the network namespace");
+        if namespace.is_of_host(&self.home).map_err(look)? {
+            return Err(Error::Invalid(format!(
+                "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one",
+                path.display()
+            )));
+        }
+        let namespace = namespace.try_clone().map_err(host("keep the network namespace"))?;
+        Ok(Some(Network::new(namespace, size.vcpus.max)))
     }
 
     /// Makes a container in the guest.
@@ -274,7 +310,7 @@ impl Pod {
         record.annotations = bundle.annotations();
         record.poststop = bundle.poststop_hooks();
         for (kind, list) in bundle.creation_hooks() {
-            hooks::run(kind, &list, &state(&record, Status::Creating)).await?;
+            hooks::run(kind, &list, &self.home, &state(&record, Status::Creating)).await?;
         }
         let opened = task.open(&self.namespace)?;
         let wanted = opened.stdio.wanted();
@@ -308,7 +344,9 @@ impl Pod {
             ..Default::default()
         });
         let document = state(&container.record, Status::Running);
-        if let Err(error) = hooks::run("poststart", &container.bundle.poststart_hooks(), &document).await {
+        if let Err(error) =
+            hooks::run("poststart", &container.bundle.poststart_hooks(), &self.home, &document).await
+        {
             // runtime.md, "Lifecycle", step 9.
             let _ = process.kill(SIGKILL, true).await;
             return Err(error.into());
@@ -367,7 +405,9 @@ impl Pod {
         container.machine.forget(&container.place, &container.bundle).await;
         let document = state(&container.record, Status::Stopped);
         for hook in &container.record.poststop {
-            if let Err(error) = hooks::run("poststop", std::slice::from_ref(hook), &document).await {
+            if let Err(error) =
+                hooks::run("poststop", std::slice::from_ref(hook), &self.home, &document).await
+            {
                 tracing::warn!(error = %text::chain(&error), "run a hook");
             }
         }
@@ -493,6 +533,19 @@ impl Container {
 }
 
 impl Machine {
+    /// All containers of a machine are on its network, or on none.
+    fn check_network(&self, bundle: &Bundle) -> Result<(), Error> {
+        let HostNetwork::Named { path, namespace } = bundle.network() else { return Ok(()) };
+        let network = self.network.as_ref().map(|network| network.is_of(namespace)).transpose();
+        if network.map_err(host("look at the network namespace"))? != Some(true) {
+            return Err(Error::Invalid(format!(
+                "linux.namespaces: the pod is not in the network namespace {}, so its container cannot be",
+                path.display()
+            )));
+        }
+        Ok(())
+    }
+
     /// Takes a container's files away, which nothing in the guest uses any more.
     async fn forget(&self, place: &Place, bundle: &Bundle) {
         self.share.remove(place, bundle);

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use containerd_shim::Flags;
 use containerd_shim::protos::shim_async::create_task;
+use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::share::{self, MountNamespace};
 use rustix::fs::OFlags;
 use tokio::signal::unix::{SignalKind, signal};
@@ -55,7 +56,8 @@ async fn serve_until_left(
     mounts: MountNamespace,
 ) -> Result<(), Error> {
     let events = Events::new(events, &flags.namespace);
-    let pod = Pod::new(&flags.namespace, crate::state_root(flags)?, mounts, events.clone());
+    let home = NetworkNamespace::current().map_err(host("find our network namespace"))?;
+    let pod = Pod::new(&flags.namespace, crate::state_root(flags)?, mounts, home, events.clone());
     let leave = Arc::new(Notify::new());
     let service = Arc::new(Service::new(Arc::clone(&pod), Arc::clone(&leave)));
     let mut terminate = signal(SignalKind::terminate()).map_err(host("listen for signals"))?;

@@ -4,10 +4,11 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use kvrun_pod::bundle::Bundle;
+use kvrun_pod::bundle::{Bundle, Files};
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::record::Status;
-use kvrun_pod::share::{self, MountNamespace};
+use kvrun_pod::share::{self, MountNamespace, Trees};
 use kvrun_pod::state_dir::{self, StateError};
 use kvrun_pod::stdio::{Copying, Stdio};
 
@@ -16,12 +17,12 @@ use crate::cli::process::CreateArgs;
 use crate::cli::{Global, Rootless};
 use crate::commands::{delete, start};
 use crate::daemon::{self, Parent, write_pid_file};
-use crate::engine::{Prepared, claim};
+use crate::engine::{Prepared, claim, enter_network, join_cgroup};
 use crate::error::{Error, host};
 use crate::log::Log;
 use crate::monitor::client::{Known, PATIENCE};
 use crate::monitor::describe;
-use crate::monitor::protocol::Request;
+use crate::monitor::protocol::{Request, file_of};
 use crate::run::{Own, finish, own_stdio};
 use crate::signals::{self, Signals};
 use crate::terminal::Terminal;
@@ -39,12 +40,12 @@ pub(crate) fn create(global: &Global, args: &CreateArgs, log: &Log) -> Result<()
     daemon::start(|parent| {
         // Before anything is opened that is to be shared: a mount of another namespace cannot be cloned.
         let namespace = share::enter_mount_namespace()?;
-        let bundle = Bundle::load_beside(&args.bundle, &|pid| stands_for(&global.root, pid))?;
+        let (bundle, files) = Bundle::load_beside(&args.bundle, &|pid| stands_for(&global.root, pid))?;
         let console = Console::new(bundle.has_terminal(), args.console_socket.as_deref())?;
         let own = Creation { global, args, id: &id, console, parent };
-        match sandbox(&bundle, &id)? {
-            None => own.monitor(&namespace, bundle, log),
-            Some(sandbox) => own.join(&bundle, &sandbox),
+        match sandbox(&global.root, &bundle, &id)? {
+            None => own.monitor(&namespace, bundle, files, log),
+            Some(sandbox) => own.join(&bundle, files, &sandbox),
         }
     })
 }
@@ -83,8 +84,8 @@ pub(crate) fn check_options(global: &Global, args: &CreateArgs) -> Result<(), Er
     Ok(())
 }
 
-/// The container in whose machine this one is to be, by its annotations.
-fn sandbox(bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Error> {
+/// The container in whose machine this one is to be: by its annotations, or because it joins namespaces of one that is there.
+fn sandbox(root: &Path, bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Error> {
     let annotations = bundle.annotations();
     for (kind, sandbox) in POD_ANNOTATIONS {
         if annotations.get(kind).is_some_and(|kind| kind == "container")
@@ -93,7 +94,9 @@ fn sandbox(bundle: &Bundle, id: &ContainerId) -> Result<Option<ContainerId>, Err
             return Ok(Some(sandbox.parse()?));
         }
     }
-    Ok(None)
+    let Some(sibling) = bundle.siblings().first() else { return Ok(None) };
+    let known = Known::get(root, sibling.as_str())?;
+    Ok(Some(known.record.sandbox.unwrap_or_else(|| sibling.clone())))
 }
 
 /// What a process that stays has as standard input and output.
@@ -148,7 +151,13 @@ struct Creation<'a> {
 
 impl Creation<'_> {
     /// In a machine of its own.
-    fn monitor(&self, namespace: &MountNamespace, bundle: Bundle, log: &Log) -> Result<End, Error> {
+    fn monitor(
+        &self,
+        namespace: &MountNamespace,
+        bundle: Bundle,
+        files: Files,
+        log: &Log,
+    ) -> Result<End, Error> {
         let signals = signals::block().map_err(host("block signals"))?;
         let mut prepared = Prepared::new(self.global, namespace, self.id, &bundle, false)?;
         let runtime = runtime()?;
@@ -158,7 +167,7 @@ impl Creation<'_> {
             let (stdio, terminal) = self.console.open()?;
             let created = tokio::select! {
                 biased;
-                created = prepared.create(&bundle, stdio.wanted()) => created?,
+                created = prepared.create(&bundle, files, stdio.wanted()) => created?,
                 signal = aborted(&signals, &mut early) => return Err(interrupted(signal?)),
             };
             let (pod, process, streams) = created;
@@ -178,8 +187,9 @@ impl Creation<'_> {
         })
     }
 
-    /// In the machine of another container: that one's monitor does it, and this process stands for it.
-    fn join(&self, bundle: &Bundle, sandbox: &ContainerId) -> Result<End, Error> {
+    /// In the machine of another container: that one's monitor does it, and this process stands for it. The files go along: the
+    /// monitor may be in a mount namespace in which they are not.
+    fn join(&self, bundle: &Bundle, files: Files, sandbox: &ContainerId) -> Result<End, Error> {
         let root = &self.global.root;
         let signals = signals::block().map_err(host("block signals"))?;
         let monitor =
@@ -189,17 +199,29 @@ impl Creation<'_> {
                 "container {sandbox} has no machine of its own, but is in that of {other}"
             )));
         }
+        enter_network(bundle)?;
         let (dir, record) = claim(root, self.id, |record| {
             record.sandbox = Some(sandbox.clone());
             describe(record, bundle)
         })?;
+        // What the container takes is on the machine's account; but this is where engines look for its process.
+        let _cgroup = join_cgroup(self.global, bundle, &dir)?;
+        let network = NetworkNamespace::current().map_err(host("find the network namespace"))?;
+        let trees = Trees::of(bundle, &files)?;
+        let config = file_of(files.config()).map_err(host("hand the config over"))?;
+        drop(files);
         runtime()?.block_on(async {
             let signals = signals.listen().map_err(host("listen for signals"))?;
             let (stdio, terminal) = self.console.open()?;
             let wanted = stdio.wanted();
             let request = Request::Create { bundle: record.bundle, wanted };
             let connection = monitor.connect(root, PATIENCE)?.about(self.id);
-            let (process, streams) = connection.attach(request, &[dir.reopen()?.as_fd()], wanted)?;
+            let state = dir.reopen()?;
+            let mut descriptors = vec![state.as_fd(), config.as_fd(), network.as_fd()];
+            descriptors.extend(trees.descriptors());
+            let (process, streams) = connection.attach(request, &descriptors, wanted)?;
+            // The monitor has them now.
+            drop((trees, config));
             let copying = Copying::start(stdio, streams)?;
             self.ready()?;
             dir.keep();

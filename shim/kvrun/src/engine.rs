@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvrun_pod::assets::Assets;
-use kvrun_pod::bundle::Bundle;
+use kvrun_pod::bundle::{Bundle, Files, HostNetwork};
 use kvrun_pod::cgroup::HostCgroup;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::network::{self, Network, NetworkNamespace};
 use kvrun_pod::pod::{self, Pod, Starting};
 use kvrun_pod::process::Process;
 use kvrun_pod::record::Record;
-use kvrun_pod::share::{MountNamespace, Share};
+use kvrun_pod::share::{MountNamespace, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -21,20 +22,58 @@ use crate::error::{Error, host};
 use crate::log;
 use crate::monitor::{Container, Monitor, describe, run_creation_hooks};
 
+/// The machine's links, while it has some. Also of a machine on no network of the host.
+pub(crate) type Links = Arc<tokio::sync::Mutex<Option<Network>>>;
+
+/// Puts this process, which must have one thread, into the container's network namespace: engines configure that of the process in the pid file.
+/// Returns the one it was in.
+pub(crate) fn enter_network(bundle: &Bundle) -> Result<NetworkNamespace, Error> {
+    let home = NetworkNamespace::current().map_err(host("find our own network namespace"))?;
+    match bundle.network() {
+        HostNetwork::None => {}
+        HostNetwork::New => network::enter_new().map_err(host("make a network namespace"))?,
+        HostNetwork::Named { path, namespace } => {
+            if namespace.is_of_host(&home).map_err(host("look at a network namespace"))? {
+                return Err(Error::Option(format!(
+                    "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one, or leave the path out",
+                    path.display()
+                )));
+            }
+            namespace.enter().map_err(host("enter the network namespace"))?;
+        }
+    }
+    Ok(home)
+}
+
+/// Puts this process into the container's cgroup on the host, if its config names one.
+pub(crate) fn join_cgroup(
+    global: &Global,
+    bundle: &Bundle,
+    dir: &ContainerDir,
+) -> Result<Option<HostCgroup>, Error> {
+    match (global.cgroup_driver(), bundle.cgroups_path()) {
+        (Some(driver), Some(path)) => Ok(Some(HostCgroup::join(path, driver, dir)?)),
+        _ => Ok(None),
+    }
+}
+
 /// What a container has on the host before its machine runs. Dropping it undoes it.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     // In the order in which it is undone.
+    links: Links,
     share: Arc<Share>,
     _cgroup: Option<HostCgroup>,
     dir: ContainerDir,
     assets: Assets,
     size: VmSize,
     record: Record,
+    home: Arc<NetworkNamespace>,
 }
 
 impl Prepared {
-    /// Sets it up for a bundle. A container that is `transient` belongs to this process.
+    /// Sets it up for a bundle, and puts this process, which must have one thread, into the container's network namespace. A container that is
+    /// `transient` belongs to this process.
     pub(crate) fn new(
         global: &Global,
         namespace: &MountNamespace,
@@ -46,14 +85,28 @@ impl Prepared {
         let assets = Assets::open(&global.explicit())?;
         let (dir, record) = claim(&global.root, id, |record| {
             record.transient = transient;
+            if let HostNetwork::Named { path, .. } = bundle.network() {
+                record.network = Some(std::path::absolute(path).map_err(host("find our working directory"))?);
+            }
             describe(record, bundle)
         })?;
-        let cgroup = match (global.cgroup_driver(), bundle.cgroups_path()) {
-            (Some(driver), Some(path)) => Some(HostCgroup::join(path, driver, &dir)?),
-            _ => None,
+        let home = Arc::new(enter_network(bundle)?);
+        let links = match bundle.network() {
+            HostNetwork::None => None,
+            HostNetwork::New | HostNetwork::Named { .. } => {
+                let namespace = NetworkNamespace::current().map_err(host("find the network namespace"))?;
+                Some(Network::new(namespace, size.vcpus.max))
+            }
         };
+        let cgroup = join_cgroup(global, bundle, &dir)?;
         let share = Arc::new(Share::mount(namespace, &dir.make_share_directory()?)?);
-        Ok(Self { share, _cgroup: cgroup, dir, assets, size, record })
+        let links = Arc::new(tokio::sync::Mutex::new(links));
+        Ok(Self { links, share, _cgroup: cgroup, dir, assets, size, record, home })
+    }
+
+    /// The network namespace this process was in before.
+    pub(crate) fn home(&self) -> Arc<NetworkNamespace> {
+        Arc::clone(&self.home)
     }
 
     /// Its state directory.
@@ -70,17 +123,22 @@ impl Prepared {
     pub(crate) async fn create(
         &mut self,
         bundle: &Bundle,
+        files: Files,
         wanted: Wanted,
     ) -> Result<(Pod, Process, Streams), Error> {
         let starting = Starting::spawn(&self.assets, pod::machine(self.size), self.share.directory())?;
         // If this process is killed, somebody else may have to end the VMM. One that has ended already is reported below.
         self.record.vmm = starting.vmm().process().ok();
         self.record.write(self.dir.as_fd()).map_err(host("write the container's record"))?;
-        // While the guest boots.
-        // Its place in the share is there for as long as the machine.
-        let (spec, _) = self.share.add(bundle)?;
+        // While the guest boots. Its place in the share is there for as long as the machine.
+        let (spec, _) = self.share.add(bundle, Trees::of(bundle, &files)?)?;
+        // Or the engine could not unmount them.
+        drop(files);
         let pod = starting.ready().await?;
-        run_creation_hooks(bundle, &self.record).await?;
+        run_creation_hooks(bundle, &self.record, &self.home).await?;
+        if let Some(network) = &mut *self.links.lock().await {
+            network.update(&pod).await?;
+        }
         let (process, streams) =
             pod.create_process(&self.record.id, &self.record.bundle, &spec, wanted).await?;
         Ok((pod, process, streams))
@@ -95,7 +153,8 @@ impl Prepared {
     ) -> Result<(Arc<Monitor>, Arc<Container>), Error> {
         let dir = self.dir.reopen()?;
         let container = Container::new(process, bundle, dir, self.record.clone(), None)?;
-        let monitor = Monitor::new(pod.clone(), self.size, Arc::clone(&self.share), &container);
+        let (share, links) = (Arc::clone(&self.share), Arc::clone(&self.links));
+        let monitor = Monitor::new(pod.clone(), self.size, share, links, self.home(), &container)?;
         monitor.serve(self.dir.as_fd())?;
         Ok((monitor, container))
     }

@@ -9,6 +9,7 @@ use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::container::{CreateError, ProgramFault};
 use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
 use kvrun_pod::hooks::HookError;
+use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
 use kvrun_pod::record::Status;
 use kvrun_pod::share::ShareError;
@@ -43,6 +44,8 @@ pub(crate) enum Error {
     Create(#[from] CreateError),
     #[error(transparent)]
     Pod(#[from] PodError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
@@ -161,7 +164,7 @@ impl Error {
     fn pod_error(&self) -> Option<&PodError> {
         match self {
             Self::Create(error) => error.pod_error(),
-            Self::Pod(error) => Some(error),
+            Self::Pod(error) | Self::Network(NetworkError::Pod(error)) => Some(error),
             _ => None,
         }
     }

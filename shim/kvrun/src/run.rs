@@ -33,7 +33,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
     }
     // Before anything is opened that is to be shared: a mount of another namespace cannot be cloned.
     let namespace = share::enter_mount_namespace()?;
-    let mut bundle = Bundle::load(&args.bundle)?;
+    let (mut bundle, files) = Bundle::load(&args.bundle)?;
     let terminal = if bundle.has_terminal() { Some(find_terminal()?) } else { None };
     if let Some((rows, columns)) = terminal.as_ref().and_then(Terminal::size) {
         bundle.set_console_size(rows, columns);
@@ -41,7 +41,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
 
     let signals = signals::block().map_err(host("block signals"))?;
     let mut prepared = Prepared::new(global, &namespace, &id, &bundle, !keep)?;
-    let record = prepared.record().clone();
+    let (record, home) = (prepared.record().clone(), prepared.home());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
     let code = runtime.block_on(async {
@@ -50,7 +50,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
         let mut early = Vec::new();
         let created = tokio::select! {
             biased;
-            created = prepared.create(&bundle, stdio.wanted()) => created?,
+            created = prepared.create(&bundle, files, stdio.wanted()) => created?,
             signal = aborted(&signals, &mut early) => return Ok(128_u8.saturating_add(signal? as u8)),
         };
         let (pod, process, streams) = created;
@@ -87,7 +87,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
     let kept = prepared.dir().is_kept();
     drop(prepared);
     if !kept {
-        delete::run_poststop(&record, log);
+        delete::run_poststop(&record, &home, log);
     }
     code
 }

@@ -1,15 +1,18 @@
 //! Hooks that run on the host (config.md, "POSIX-platform Hooks"): `prestart`, `createRuntime`, `poststart` and `poststop`.
 //!
 //! A hook gets the state document on standard input, the environment its config names and nothing of ours, a process group
-//! of its own, and the time it asks for; then it is killed with its group.
+//! of its own, and the time it asks for; then it is killed with its group. It runs in the network namespace of whoever called us, not in
+//! that of the container.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::SigSet;
 use oci_spec::runtime::Hook;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -18,6 +21,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::network::NetworkNamespace;
 use crate::text;
 
 /// How long a hook without a timeout may run: the specification has no bound, and a container that nobody can delete helps nobody.
@@ -63,18 +67,29 @@ pub enum HookError {
     },
 }
 
-/// Runs hooks of one kind one after the other, until one fails. `state` is the state document. Must be called in a tokio runtime.
+/// Runs hooks of one kind one after the other, in a network namespace, until one fails. `state` is the state document. Must be called in a
+/// tokio runtime.
 ///
 /// # Errors
 /// [`HookError`] of the first that fails; those after it have not run.
-pub async fn run(kind: &'static str, hooks: &[Hook], state: &[u8]) -> Result<(), HookError> {
+pub async fn run(
+    kind: &'static str,
+    hooks: &[Hook],
+    network: &NetworkNamespace,
+    state: &[u8],
+) -> Result<(), HookError> {
     for hook in hooks {
-        run_one(kind, hook, state).await?;
+        run_one(kind, hook, network, state).await?;
     }
     Ok(())
 }
 
-async fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
+async fn run_one(
+    kind: &'static str,
+    hook: &Hook,
+    network: &NetworkNamespace,
+    state: &[u8],
+) -> Result<(), HookError> {
     let path = hook.path().clone();
     let start = |source| HookError::Start { kind, path: path.clone(), source };
     // Not a pipe: a child that the hook leaves behind may hold it for as long as it likes.
@@ -86,8 +101,14 @@ async fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), Ho
     }
     command.env_clear().envs(hook.env().iter().flatten().filter_map(|variable| variable.split_once('=')));
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(said.try_clone().map_err(start)?);
-    // SAFETY: one async-signal-safe system call. The signals we read from a descriptor are blocked, and a mask survives exec.
-    unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
+    let network = network.as_fd().try_clone_to_owned().map_err(start)?;
+    let prepare = move || {
+        setns(&network, CloneFlags::CLONE_NEWNET)?;
+        // The signals we read from a descriptor are blocked, and a mask survives exec.
+        Ok(SigSet::empty().thread_set_mask()?)
+    };
+    // SAFETY: two async-signal-safe system calls.
+    unsafe { command.pre_exec(prepare) };
     let mut child = command.process_group(0).kill_on_drop(true).spawn().map_err(start)?;
     let group = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
     let stdin = child.stdin.take();
@@ -130,7 +151,8 @@ mod tests {
 
     fn run_all(hooks: &[Hook]) -> Result<(), HookError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(run("prestart", hooks, b"{\"id\":\"c1\"}"))
+        let network = NetworkNamespace::current().unwrap();
+        runtime.block_on(run("prestart", hooks, &network, b"{\"id\":\"c1\"}"))
     }
 
     #[test]

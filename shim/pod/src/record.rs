@@ -77,6 +77,8 @@ pub struct Record {
     pub process: HostProcess,
     /// The VMM of its machine, once there is one.
     pub vmm: Option<HostProcess>,
+    /// The path of its network namespace, if it has a machine and the namespace a path: an absolute one.
+    pub network: Option<PathBuf>,
     /// The container in whose machine it is, if that is another one.
     pub sandbox: Option<ContainerId>,
     /// It belongs to a `kvrun run` in the foreground, and to nobody once that has ended.
@@ -99,6 +101,7 @@ impl Record {
             created,
             process,
             vmm: None,
+            network: None,
             sandbox: None,
             transient: false,
             last: Status::Creating,

@@ -53,8 +53,9 @@ pub(crate) fn kvm_api_version(kvm: impl AsFd) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Makes `tun`, a fresh descriptor of `/dev/net/tun`, a queue of the tap device `name`, whose packets carry the header of virtio.
-pub(crate) fn make_tap(tun: impl AsFd, name: &str, multi_queue: bool) -> io::Result<()> {
+/// Makes `tun`, a fresh descriptor of `/dev/net/tun`, a queue of the tap device `name`, whose packets carry the header of virtio. The name it has
+/// then, which differs if there is a `%d` in the one given.
+pub(crate) fn make_tap(tun: impl AsFd, name: &str, multi_queue: bool) -> io::Result<String> {
     // SAFETY: all zero is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays a NUL.
@@ -69,7 +70,11 @@ pub(crate) fn make_tap(tun: impl AsFd, name: &str, multi_queue: bool) -> io::Res
         (flags | if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 }) as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes an `ifreq`, which lives as long as the call.
     let result = unsafe { libc::ioctl(tun.as_fd().as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let name = request.ifr_name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+    String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Has the children of this thread start in a PID namespace of their own, all in one.

@@ -7,7 +7,7 @@
 use std::env;
 use std::io::Read;
 use std::panic::{self, AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 
@@ -25,6 +25,8 @@ pub struct Case {
     pub name: &'static str,
     /// The test.
     pub test: fn(&Test) -> Result<()>,
+    /// A program of the host without which it is skipped.
+    pub needs: Option<&'static str>,
 }
 
 impl Case {
@@ -60,25 +62,34 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
     // What takes time here is a CPU's work: more tests at a time than CPUs would only run into their bounds.
     let cpus = thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads.get_or_insert(cpus.min(2));
+    let required = env::var_os("KVRUN_E2E_REQUIRED").is_some_and(|v| v == "1");
     let mut skip = None;
     if !arguments.list
         && let Err(reason) = check_host()
     {
-        if env::var_os("KVRUN_E2E_REQUIRED").is_some_and(|v| v == "1") {
+        if required {
             return fail(&format!("this host must run the end-to-end tests, but: {reason:#}"));
         }
         skip = Some(format!("{reason:#}"));
     }
-    let trials =
-        cases.enumerate().filter(|(index, _)| index % part.of == part.number).map(|(index, case)| {
-            let skip = skip.clone();
-            let id = format!("e2e-{}-{index}", std::process::id());
-            Trial::ignorable_test(case.short_name(), move || match skip {
-                Some(reason) => Ok(Completion::ignored_with(reason)),
-                None => spawn(case, &id).map(|()| Completion::Completed),
-            })
-        });
+    let in_part = cases.enumerate().filter(|(index, _)| index % part.of == part.number);
+    let trials = in_part.map(|(index, case)| {
+        let missing = case.needs.filter(|program| !is_there(program));
+        let skip =
+            skip.clone().or_else(|| missing.map(|program| format!("there is no {program} on this host")));
+        let id = format!("e2e-{}-{index}", std::process::id());
+        Trial::ignorable_test(case.short_name(), move || match skip {
+            Some(reason) if required => Err(reason.into()),
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => spawn(case, &id).map(|()| Completion::Completed),
+        })
+    });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Whether a program is where tests look for programs.
+fn is_there(program: &str) -> bool {
+    ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).exists())
 }
 
 /// A part of the tests: every N-th, so that neighbours, which mostly take as long, are spread.

@@ -5,10 +5,12 @@
 //! * [`leaks`] - what must be as before when a test is over: processes, mounts, sockets, cgroups, files.
 //! * [`fixture`] - [`Test`]: the directories of one test, and how it starts `kvrun`.
 //! * [`bundle`] - OCI bundles with a busybox userland.
+//! * [`engine`] - podman and docker, with `kvrun` as their runtime.
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`lifecycle`] - containers created and started by commands of their own.
 //! * [`containerd`] - a containerd whose containers are run by our shim.
+//! * [`netns`] - network namespaces as engines make them.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
 //! * [`time`] - the one factor by which all bounds scale.
@@ -21,11 +23,13 @@
 
 pub mod bundle;
 pub mod containerd;
+pub mod engine;
 pub mod fixture;
 pub mod harness;
 pub mod isolation;
 pub mod leaks;
 pub mod lifecycle;
+pub mod netns;
 pub mod process;
 pub mod terminal;
 pub mod time;
@@ -43,7 +47,10 @@ pub use terminal::Terminal;
 /// The tests of a module, named by their functions; a test that is not listed is dead code, which the compiler reports.
 #[macro_export]
 macro_rules! cases {
+    (needs $program:literal: $($test:ident),* $(,)?) => {
+        &[$($crate::Case { name: concat!(module_path!(), "::", stringify!($test)), test: $test, needs: Some($program) }),*]
+    };
     ($($test:ident),* $(,)?) => {
-        &[$($crate::Case { name: concat!(module_path!(), "::", stringify!($test)), test: $test }),*]
+        &[$($crate::Case { name: concat!(module_path!(), "::", stringify!($test)), test: $test, needs: None }),*]
     };
 }

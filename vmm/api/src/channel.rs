@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 
 /// The longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// The most descriptors that go with one message.
-pub const MAX_FDS: usize = 16;
+/// The most descriptors that go with one message: the kernel's limit (unix(7), `SCM_RIGHTS`).
+pub const MAX_FDS: usize = 253;
 
 /// What can go wrong on the control socket.
 #[derive(Debug, thiserror::Error)]

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
+use kvrun_pod::network::{self, NetworkNamespace};
 use kvrun_pod::record::{Record, Status};
 use kvrun_pod::state_dir::{ContainerDir, StateError};
 use rustix::process::Signal;
 
 use crate::cli::Global;
 use crate::create::runtime;
-use crate::error::Error;
+use crate::error::{Error, host};
 use crate::log::Log;
 use crate::monitor::client::Known;
 use crate::monitor::protocol::Request;
@@ -48,6 +49,7 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
     if !end(&container.record) {
         return Err(Error::Unkillable { id });
     }
+    release_network(&container.record);
     match ContainerDir::take_over(&global.root, &id) {
         // Dropping it removes everything.
         Ok(dir) => drop(dir),
@@ -55,8 +57,20 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
         Err(StateError::Unknown { .. }) => return Ok(()),
         Err(error) => return Err(error.into()),
     }
-    run_poststop(&container.record, log);
+    let home = NetworkNamespace::current().map_err(host("find our network namespace"))?;
+    run_poststop(&container.record, &home, log);
     Ok(())
+}
+
+/// Gives back what the container's machine had of the host's network, if its monitor was killed before it could.
+fn release_network(record: &Record) {
+    let Some(path) = &record.network else { return };
+    // With the namespace, everything is gone.
+    let Ok(namespace) = NetworkNamespace::open(path) else { return };
+    if let Err(error) = network::release(&namespace) {
+        let error = kvrun_pod::text::chain(&error);
+        tracing::warn!(path = %path.display(), error, "give the network namespace back");
+    }
 }
 
 /// Ends a container whose machine does not do what it is told: kills the VMM, and after a moment, in which whoever serves it can tell of its
@@ -86,14 +100,15 @@ pub(crate) fn end(record: &Record) -> bool {
 }
 
 /// Runs the hooks that come after a container. One that fails is told of, and the next one runs (runtime.md, "Lifecycle").
-pub(crate) fn run_poststop(record: &Record, log: &Log) {
+pub(crate) fn run_poststop(record: &Record, network: &NetworkNamespace, log: &Log) {
     if record.poststop.is_empty() {
         return;
     }
     let state = state(record, Status::Stopped);
     let run = |runtime: tokio::runtime::Runtime| {
         for hook in &record.poststop {
-            if let Err(error) = runtime.block_on(hooks::run("poststop", std::slice::from_ref(hook), &state)) {
+            let hook = std::slice::from_ref(hook);
+            if let Err(error) = runtime.block_on(hooks::run("poststop", hook, network, &state)) {
                 log.warn(&kvrun_pod::text::chain(&error));
             }
         }

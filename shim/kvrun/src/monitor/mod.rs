@@ -15,19 +15,23 @@ pub(crate) mod protocol;
 mod server;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvrun_pod::bundle::{Bundle, LinuxMemory, LinuxResources, Process as OciProcess};
+use kvrun_pod::bundle::{
+    self, Bundle, HandedOver, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess,
+};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
+use kvrun_pod::network::{self, Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::{Place, Share};
+use kvrun_pod::share::{Place, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -37,6 +41,7 @@ use tokio::sync::{Notify, Semaphore};
 use self::exec::Program;
 use self::protocol::ProcessRow;
 use crate::attach::End;
+use crate::engine::Links;
 use crate::error::{Error, host};
 
 /// How many further processes are made at the same time; the others wait, for as long as it takes. More would only share the time of the guest's CPUs, until
@@ -53,11 +58,28 @@ pub(crate) struct Monitor {
     /// Of the machine, in bytes.
     memory: u64,
     share: Arc<Share>,
+    links: Links,
+    /// The network namespace of the machine.
+    network: Identity,
+    /// The one in which hooks run.
+    home: Arc<NetworkNamespace>,
     containers: Mutex<HashMap<ContainerId, Arc<Container>>>,
     execs: AtomicU64,
     /// Further processes that may be made at the same time.
     making: Semaphore,
     leave: Notify,
+}
+
+/// What a container that joins the machine comes with.
+#[derive(Debug)]
+pub(crate) struct Handed {
+    /// Its state directory, in which there is a record already.
+    dir: OwnedFd,
+    /// The text of its config.
+    config: File,
+    network: NetworkNamespace,
+    /// Its files.
+    trees: Trees,
 }
 
 /// A container in the machine.
@@ -144,17 +166,28 @@ impl Container {
 
 impl Monitor {
     /// Serves a machine with its first container.
-    pub(crate) fn new(pod: Pod, size: VmSize, share: Arc<Share>, first: &Arc<Container>) -> Arc<Self> {
+    pub(crate) fn new(
+        pod: Pod,
+        size: VmSize,
+        share: Arc<Share>,
+        links: Links,
+        home: Arc<NetworkNamespace>,
+        first: &Arc<Container>,
+    ) -> Result<Arc<Self>, Error> {
         let id = first.record().id.clone();
-        Arc::new(Self {
+        let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
+        Ok(Arc::new(Self {
             pod,
             memory: u64::from(size.memory_mib) << 20,
             share,
+            links,
+            network: network.map_err(host("find the network namespace"))?,
+            home,
             containers: Mutex::new(HashMap::from([(id, Arc::clone(first))])),
             execs: AtomicU64::new(0),
             making: Semaphore::new(MAKING),
             leave: Notify::new(),
-        })
+        }))
     }
 
     /// Takes connections at a container's state directory, in tasks of the current runtime.
@@ -185,12 +218,13 @@ impl Monitor {
         if container.status() != Status::Created {
             return Err(container.wrong_state("start"));
         }
+        self.join_network(container).await?;
         // First, because the program may be seen to run before we hear of it. If it cannot run, its process ends.
         container.set(Status::Running)?;
         container.process.start().await?;
         let hooks = container.bundle.poststart_hooks();
         let document = state(&container.record(), Status::Running);
-        if let Err(error) = hooks::run("poststart", &hooks, &document).await {
+        if let Err(error) = hooks::run("poststart", &hooks, &self.home, &document).await {
             // runtime.md, "Lifecycle", step 9.
             let _ = container.process.kill(libc_sigkill(), true).await;
             return Err(error.into());
@@ -310,33 +344,37 @@ impl Monitor {
         Ok(self.pod.or_death(self.pod.agent().update(&id, json)).await?)
     }
 
-    /// Creates a further container in the machine. `dir` is its state directory, in which there is a record already.
+    /// Creates a further container in the machine.
     async fn create(
         &self,
         bundle: &Path,
-        dir: OwnedFd,
+        handed: Handed,
         wanted: Wanted,
     ) -> Result<(Arc<Container>, Streams), Error> {
+        let Handed { dir, config, network, trees } = handed;
         let missing = || io::Error::from(io::ErrorKind::InvalidData);
         let record = Record::read(dir.as_fd()).and_then(|record| record.ok_or_else(missing));
-        let mut record = record.map_err(host("read the container's record"))?;
+        let record = record.map_err(host("read the container's record"))?;
         // Namespaces of the containers of this machine may be joined, and no others.
         let sibling = |pid| {
             let containers = self.containers();
             let mut all = containers.values().map(|container| container.record());
             all.find(|record| record.process.pid == pid).map(|record| record.id.clone())
         };
-        let bundle = Bundle::load_beside(bundle, &sibling)?;
-        describe(&mut record, &bundle)?;
+        let bundle = Bundle::handed_over(bundle, HandedOver { config, network, trees: &trees }, &sibling)?;
         let id = record.id.clone();
+        self.check_network(&id, &bundle)?;
         // The ID is the caller's now, so one that has it still is about to go.
         let earlier = self.containers().get(&id).cloned();
         if let Some(earlier) = earlier {
             self.remove(&earlier).await;
         }
-        let (spec, place) = self.share.add(&bundle)?;
+        let (mut spec, place) = self.share.add(&bundle, trees)?;
+        if matches!(bundle.network(), HostNetwork::New) {
+            bundle::add_network_namespace(&mut spec);
+        }
         let created = async {
-            run_creation_hooks(&bundle, &record).await?;
+            run_creation_hooks(&bundle, &record, &self.home).await?;
             Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
         };
         let (process, streams) = match created.await {
@@ -349,6 +387,42 @@ impl Monitor {
         let container = Container::new(process, bundle, dir, record, Some(place))?;
         self.containers().insert(id, Arc::clone(&container));
         Ok((container, streams))
+    }
+
+    /// Gives the machine what its network namespace has by now: engines that name none configure it when they know the container's process.
+    async fn join_network(&self, container: &Container) -> Result<(), Error> {
+        let (id, process, is_first) = {
+            let record = container.record();
+            (record.id.clone(), record.process.pid, record.sandbox.is_none())
+        };
+        if is_first {
+            if let Some(network) = &mut *self.links.lock().await {
+                network.update(&self.pod).await?;
+            }
+        } else if matches!(container.bundle.network(), HostNetwork::New) {
+            let namespace = NetworkNamespace::open(Path::new(&format!("/proc/{process}/ns/net")));
+            let links = network::links(&namespace.map_err(host("open the network namespace"))?)?;
+            if let Some(link) = links.first() {
+                return Err(Error::Option(format!(
+                    "container {id} is in the machine of another one, and so cannot have a network of its own with link {link}: name the other one's network namespace in linux.namespaces"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// All containers of a machine are on its network, or on none.
+    fn check_network(&self, id: &ContainerId, bundle: &Bundle) -> Result<(), Error> {
+        if let HostNetwork::Named { path, namespace } = bundle.network() {
+            let identity = namespace.identity().map_err(host("look at the network namespace"))?;
+            if identity != self.network {
+                return Err(Error::Option(format!(
+                    "linux.namespaces: container {id} is in the machine of another one, and so cannot be in the network namespace {}: name the other one's",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Takes a further container away, with whatever is left of it. May be called again, also while it is being taken away, or after that was given up.
@@ -411,9 +485,13 @@ pub(crate) fn describe(record: &mut Record, bundle: &Bundle) -> Result<(), Error
 }
 
 /// Runs the hooks that come before the container's program.
-pub(crate) async fn run_creation_hooks(bundle: &Bundle, record: &Record) -> Result<(), Error> {
+pub(crate) async fn run_creation_hooks(
+    bundle: &Bundle,
+    record: &Record,
+    network: &NetworkNamespace,
+) -> Result<(), Error> {
     for (kind, hooks) in bundle.creation_hooks() {
-        hooks::run(kind, &hooks, &state(record, Status::Creating)).await?;
+        hooks::run(kind, &hooks, network, &state(record, Status::Creating)).await?;
     }
     Ok(())
 }

@@ -36,9 +36,10 @@ pub(crate) struct Call {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum Request {
-    /// Create it in the machine of this monitor. With the descriptor of its state directory. Answer: `Attached`, and its streams.
+    /// Create it in the machine of this monitor. With descriptors: its state directory, its config, its network namespace, and its mount trees
+    /// ([`Trees::descriptors`](kvrun_pod::share::Trees::descriptors)). Answer: `Attached`, and its streams.
     Create {
-        /// Absolute.
+        /// Absolute; the monitor may not see it.
         bundle: PathBuf,
         /// Its streams.
         wanted: Wanted,
@@ -125,8 +126,13 @@ pub(crate) struct ProcessRow {
 
 /// Puts a value into a file in memory.
 pub(crate) fn payload(value: &impl Serialize) -> io::Result<OwnedFd> {
+    file_of(&serde_json::to_vec(value)?)
+}
+
+/// Puts bytes into a file in memory.
+pub(crate) fn file_of(bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut file = File::from(memfd_create("payload", MemfdFlags::CLOEXEC)?);
-    file.write_all(&serde_json::to_vec(value)?)?;
+    file.write_all(bytes)?;
     file.seek(SeekFrom::Start(0))?;
     Ok(file.into())
 }

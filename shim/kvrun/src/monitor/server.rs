@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use kvrun_pod::channel::{AsyncChannel, ChannelListener};
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::process::Process;
+use kvrun_pod::share::Trees;
 use kvrun_pod::stdio::Streams;
 use kvrun_vmm_api::Received;
 use rustix::net::sockopt::socket_peercred;
@@ -14,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Call, Request, payload, unpack};
-use super::{Container, Monitor};
+use super::{Container, Handed, Monitor};
 use crate::attach::{Attended, End};
 use crate::daemon::channel_error;
 use crate::error::{Error, host};
@@ -135,8 +137,13 @@ async fn create(
     wanted: kvrun_pod::stdio::Wanted,
 ) -> Result<(Made, Streams), Error> {
     let missing = || host("read a request")(std::io::Error::from(std::io::ErrorKind::InvalidData));
-    let dir = fds.into_iter().next().ok_or_else(missing)?;
-    let (container, streams) = monitor.create(bundle, dir, wanted).await?;
+    let mut fds = fds.into_iter();
+    let (Some(dir), Some(config), Some(network)) = (fds.next(), fds.next(), fds.next()) else {
+        return Err(missing());
+    };
+    let network = NetworkNamespace::try_from(network).map_err(host("read a request"))?;
+    let handed = Handed { dir, config: config.into(), network, trees: Trees::from(fds.collect::<Vec<_>>()) };
+    let (container, streams) = monitor.create(bundle, handed, wanted).await?;
     Ok((Made::Container(container), streams))
 }
 

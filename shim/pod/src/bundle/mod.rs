@@ -4,27 +4,34 @@
 //! an effect is accepted and ignored. (Properties that the specification does not know are ignored, as it demands: config.md,
 //! "Extensibility".)
 //!
-//! * This file: reading, and opening the root file system and the sources of bind mounts, each exactly once.
+//! * This file: reading, and what a bundle says.
+//! * [`open`]: opens the root file system and the sources of bind mounts, each exactly once.
 //! * [`check`]: the rules for what a spec may say, as far as no other file has them.
 //! * [`process`], [`namespaces`], [`mounts`]: the rules for those.
 
 mod check;
 mod mounts;
 mod namespaces;
+mod open;
 mod process;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 
 pub use mounts::{Bind, IdMap};
+use namespaces::Resolved;
 pub use namespaces::Siblings;
-use oci_spec::runtime::Hooks;
 pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
+use open::{ByPath, Opened, Opener};
+pub use open::{Files, HandedOver};
+
+use crate::container_id::ContainerId;
+use crate::network::NetworkNamespace;
 
 /// The largest `config.json` in bytes: ten times what engines write, seccomp profile included, and small enough for one message
 /// to the agent.
@@ -84,6 +91,12 @@ pub enum BundleError {
     },
 }
 
+impl BundleError {
+    fn named(config: &Path, field: &str, path: &Path, source: io::Error) -> Self {
+        Self::Named { config: config.to_owned(), field: field.to_owned(), path: path.to_owned(), source }
+    }
+}
+
 fn at(field: &str) -> String {
     if field.is_empty() || field == "." { String::new() } else { format!(", at {field}") }
 }
@@ -109,18 +122,55 @@ impl Fault {
 pub struct Bundle {
     path: PathBuf,
     spec: Spec,
-    rootfs: OwnedFd,
-    rootfs_path: PathBuf,
+    rootfs: PathBuf,
     binds: Vec<Bind>,
+    network: HostNetwork,
+    siblings: Vec<ContainerId>,
+}
+
+/// The network namespace that the config asks for.
+#[derive(Debug)]
+pub enum HostNetwork {
+    /// None: the container has no part in a network of the host.
+    None,
+    /// A new one, which an engine configures once it knows a process in it.
+    New,
+    /// One that is there.
+    Named {
+        /// Its path.
+        path: PathBuf,
+        /// The namespace.
+        namespace: NetworkNamespace,
+    },
+}
+
+impl HostNetwork {
+    fn open(
+        config: &Path,
+        named: Option<(usize, Option<PathBuf>)>,
+        opener: &mut dyn Opener,
+    ) -> Result<Self, BundleError> {
+        match named {
+            None => Ok(Self::None),
+            Some((_, None)) => Ok(Self::New),
+            Some((index, Some(path))) => match opener.network(&path) {
+                Ok(namespace) => Ok(Self::Named { path, namespace }),
+                Err(source) => {
+                    let field = format!("linux.namespaces[{index}].path");
+                    Err(BundleError::named(config, &field, &path, source))
+                }
+            },
+        }
+    }
 }
 
 impl Bundle {
-    /// Reads the bundle in a directory. If it is to be shared ([`Share::add`](crate::share::Share::add)), after
+    /// Reads the bundle in a directory, and opens what it names. If that is to be shared ([`Trees::of`](crate::share::Trees::of)), after
     /// [`enter_mount_namespace`](crate::share::enter_mount_namespace): mounts of another namespace cannot be cloned.
     ///
     /// # Errors
     /// [`BundleError`], one line that names the file, the field and what is wrong.
-    pub fn load(directory: &Path) -> Result<Self, BundleError> {
+    pub fn load(directory: &Path) -> Result<(Self, Files), BundleError> {
         Self::load_beside(directory, &|_| None)
     }
 
@@ -128,37 +178,68 @@ impl Bundle {
     ///
     /// # Errors
     /// [`BundleError`].
-    pub fn load_beside(directory: &Path, siblings: Siblings<'_>) -> Result<Self, BundleError> {
+    pub fn load_beside(directory: &Path, siblings: Siblings<'_>) -> Result<(Self, Files), BundleError> {
         let open_error = |path: &Path| {
             let path = path.to_owned();
             move |e: rustix::io::Errno| BundleError::Open { path, source: e.into() }
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let bundle = openat(CWD, directory, flags, Mode::empty()).map_err(open_error(directory))?;
-        let config = directory.join("config.json");
+        let path = directory.join("config.json");
         // O_NONBLOCK: a FIFO must not make us wait for its writer.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = openat(&bundle, "config.json", flags, Mode::empty()).map_err(open_error(&config))?;
-        let bytes = read(&config, file.into())?;
-        let mut spec = parse(&config, &bytes)?;
+        let file = openat(&bundle, "config.json", flags, Mode::empty()).map_err(open_error(&path))?;
+        let config = read(&path, file.into())?;
+        let mut by_path = ByPath::new(bundle);
+        let bundle = Self::resolve(directory, &config, siblings, &mut by_path)?;
+        Ok((bundle, by_path.into_files(config)))
+    }
+
+    /// The bundle that another process has loaded from a directory, perhaps one that this process does not see.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn handed_over(
+        directory: &Path,
+        handed: HandedOver<'_>,
+        siblings: Siblings<'_>,
+    ) -> Result<Self, BundleError> {
+        let config = read(&directory.join("config.json"), handed.config)?;
+        let mut opener = Opened::new(handed.network, handed.trees);
+        Self::resolve(directory, &config, siblings, &mut opener)
+    }
+
+    /// Checks a config and finds what it names. What is opened is first the root, then the source of each bind mount in their order.
+    fn resolve(
+        directory: &Path,
+        bytes: &[u8],
+        siblings: Siblings<'_>,
+        opener: &mut dyn Opener,
+    ) -> Result<Self, BundleError> {
+        let config = directory.join("config.json");
+        let mut spec = parse(&config, bytes)?;
         let fault = |fault| BundleError::Field { path: config.clone(), fault };
         check::check(&spec).map_err(fault)?;
-        if let Some(linux) = spec.linux_mut() {
-            namespaces::resolve(linux, siblings).map_err(fault)?;
-        }
+        let resolved = match spec.linux_mut() {
+            Some(linux) => namespaces::resolve(linux, siblings).map_err(fault)?,
+            None => Resolved::default(),
+        };
+        let network = HostNetwork::open(&config, resolved.network, opener)?;
 
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-        let (rootfs, kind) = open_named(&config, bundle.as_fd(), "root.path", &root, OFlags::NOFOLLOW)?;
-        let rootfs_path = directory.join(&root);
+        let opened = opener.file(&root, OFlags::NOFOLLOW);
+        let kind = opened.map_err(|source| BundleError::named(&config, "root.path", &root, source))?;
+        let rootfs = directory.join(&root);
         if kind != FileType::Directory {
             // As in runc; a link could be made to point elsewhere between two looks at it.
             let link = kind == FileType::Symlink;
             let what = if link { "a symbolic link; name the directory itself" } else { "not a directory" };
-            let problem = format!("{} is {what}", rootfs_path.display());
+            let problem = format!("{} is {what}", rootfs.display());
             return Err(fault(Fault::new("root.path", problem)));
         }
-        let binds = mounts::open_binds(&config, bundle.as_fd(), &spec)?;
-        Ok(Self { path: directory.to_owned(), spec, rootfs, rootfs_path, binds })
+        let binds = mounts::open_binds(&config, &spec, opener)?;
+        let (path, siblings) = (directory.to_owned(), resolved.siblings);
+        Ok(Self { path, spec, rootfs, binds, network, siblings })
     }
 
     /// Its directory, as given.
@@ -171,14 +252,9 @@ impl Bundle {
         &self.spec
     }
 
-    /// The root file system, open as a path only.
-    pub fn rootfs(&self) -> BorrowedFd<'_> {
-        self.rootfs.as_fd()
-    }
-
-    /// Where the root file system is, for messages.
+    /// Where the root file system is.
     pub fn rootfs_path(&self) -> &Path {
-        &self.rootfs_path
+        &self.rootfs
     }
 
     /// Whether the container must not change its root.
@@ -189,6 +265,16 @@ impl Bundle {
     /// The bind mounts among its mounts.
     pub fn binds(&self) -> &[Bind] {
         &self.binds
+    }
+
+    /// Its network namespace. In [`Bundle::spec`] there is none: in the guest, all containers are on the network of the guest.
+    pub fn network(&self) -> &HostNetwork {
+        &self.network
+    }
+
+    /// The containers whose namespaces it joins.
+    pub fn siblings(&self) -> &[ContainerId] {
+        &self.siblings
     }
 
     /// Whether the process has a terminal.
@@ -243,6 +329,17 @@ impl Bundle {
     }
 }
 
+/// Gives a container in the guest a network namespace of its own, with nothing but loopback.
+pub fn add_network_namespace(spec: &mut Spec) {
+    let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
+        return;
+    };
+    // It has no field without a default.
+    if let Ok(network) = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network).build() {
+        namespaces.push(network);
+    }
+}
+
 /// Checks the `process` of a config, or one for a further process in a container.
 ///
 /// # Errors
@@ -275,25 +372,6 @@ fn parse(config: &Path, bytes: &[u8]) -> Result<Spec, BundleError> {
     let spec = spec.map_err(|e| error(e.path().to_string(), e.into_inner()))?;
     deserializer.end().map_err(|e| error(String::new(), e))?;
     Ok(spec)
-}
-
-/// Opens what a field names, relative to the bundle (config.md, "Root", "Mounts"), as a path only, and tells what it is.
-fn open_named(
-    config: &Path,
-    bundle: BorrowedFd<'_>,
-    field: &str,
-    path: &Path,
-    flags: OFlags,
-) -> Result<(OwnedFd, FileType), BundleError> {
-    let opened = openat(bundle, path, OFlags::PATH | OFlags::CLOEXEC | flags, Mode::empty())
-        .and_then(|fd| fstat(&fd).map(|stat| (FileType::from_raw_mode(stat.st_mode), fd)));
-    match opened {
-        Ok((kind, fd)) => Ok((fd, kind)),
-        Err(e) => {
-            let (config, path) = (config.to_owned(), path.to_owned());
-            Err(BundleError::Named { config, field: field.to_owned(), path, source: e.into() })
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The rules for `mounts`, and the sources of those that are bind mounts.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use rustix::fs::{FileType, OFlags};
 
-use super::{BundleError, Fault, open_named};
+use super::open::Opener;
+use super::{BundleError, Fault};
 use crate::share::is_shareable;
 
 /// File systems a container may have mounted: those of the guest's kernel that need nothing of the host.
@@ -17,7 +17,6 @@ const TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"
 pub struct Bind {
     index: usize,
     path: PathBuf,
-    source: OwnedFd,
     is_directory: bool,
     is_recursive: bool,
     read_only: bool,
@@ -42,12 +41,7 @@ impl Bind {
         &self.path
     }
 
-    /// The source, open as a path only: a directory or a regular file.
-    pub fn source(&self) -> BorrowedFd<'_> {
-        self.source.as_fd()
-    }
-
-    /// Whether the source is a directory.
+    /// Whether the source is a directory; else it is a regular file.
     pub fn is_directory(&self) -> bool {
         self.is_directory
     }
@@ -181,14 +175,15 @@ fn id_map(index: usize, mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Fau
 /// Opens the sources of all bind mounts of a spec that was checked.
 pub(super) fn open_binds(
     config: &Path,
-    bundle: BorrowedFd<'_>,
     spec: &Spec,
+    opener: &mut dyn Opener,
 ) -> Result<Vec<Bind>, BundleError> {
     let mut binds = Vec::new();
     for (index, mount) in spec.mounts().iter().flatten().enumerate().filter(|(_, mount)| is_bind(mount)) {
         let path = mount.source().clone().unwrap_or_default();
         let field = format!("mounts[{index}].source");
-        let (source, kind) = open_named(config, bundle, &field, &path, OFlags::empty())?;
+        let opened = opener.file(&path, OFlags::empty());
+        let kind = opened.map_err(|source| BundleError::named(config, &field, &path, source))?;
         if !is_shareable(kind) {
             let problem = format!(
                 "{} is {}, which cannot be shared with a virtual machine; only directories and regular files can",
@@ -201,7 +196,6 @@ pub(super) fn open_binds(
         binds.push(Bind {
             index,
             path,
-            source,
             is_directory: kind == FileType::Directory,
             // `bind` as a type with no option: MS_BIND alone, as runc has it.
             is_recursive: has_option(mount, &["rbind"]) || (typ == Some("rbind")),

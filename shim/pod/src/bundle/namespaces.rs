@@ -62,16 +62,35 @@ fn path_of(namespace: &oci_spec::runtime::LinuxNamespace) -> Option<&Path> {
     namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty())
 }
 
+/// What the namespaces of a spec are on the host.
+#[derive(Debug, Default)]
+pub(super) struct Resolved {
+    /// The network namespace: where in the list it is, and its path, if it has one. `None` if the list has none.
+    pub(super) network: Option<(usize, Option<PathBuf>)>,
+    /// Containers whose namespaces are joined.
+    pub(super) siblings: Vec<ContainerId>,
+}
+
 /// Gives each namespace that is named by a path the path it has in the guest. The host's namespaces are not there: only that of another
 /// container of the same pod is, where it is named as engines do, `/proc/PID/ns/NAME` with the process ID of that container.
-pub(super) fn resolve(linux: &mut Linux, siblings: Siblings<'_>) -> Result<(), Fault> {
+///
+/// The network namespace is taken out: the guest as a whole is on the network of the one on the host, and so are all its containers.
+pub(super) fn resolve(linux: &mut Linux, siblings: Siblings<'_>) -> Result<Resolved, Fault> {
+    let mut resolved = Resolved::default();
     for (index, namespace) in linux.namespaces_mut().iter_mut().flatten().enumerate() {
         let (kind, field) = (namespace.typ(), format!("linux.namespaces[{index}].path"));
-        let Some(path) = path_of(namespace).map(Path::to_owned) else { continue };
+        let path = path_of(namespace).map(Path::to_owned);
+        let sibling = path.as_ref().and_then(|path| process_of(path, kind)).and_then(siblings);
+        resolved.siblings.extend(sibling.clone());
+        if kind == LinuxNamespaceType::Network {
+            resolved.network = Some((index, path));
+            continue;
+        }
+        let Some(path) = path else { continue };
         let problem =
             "joins a mount namespace: a container has a root of its own, so it must have mounts of its own";
         refuse(kind == LinuxNamespaceType::Mount, &field, format!("{} {problem}", path.display()))?;
-        let Some(sibling) = process_of(&path, kind).and_then(siblings) else {
+        let Some(sibling) = sibling else {
             let problem = format!(
                 "{} names a {} namespace of the host, which a guest cannot join; remove it for a new namespace",
                 path.display(),
@@ -83,7 +102,10 @@ pub(super) fn resolve(linux: &mut Linux, siblings: Siblings<'_>) -> Result<(), F
             PathBuf::from(GUEST_CONTAINERS_DIR).join(sibling.as_str()).join("ns").join(file_of(kind));
         namespace.set_path(Some(in_guest));
     }
-    Ok(())
+    if let Some(namespaces) = linux.namespaces_mut() {
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    }
+    Ok(resolved)
 }
 
 /// The process in `/proc/PID/ns/NAME`, if the name fits the kind.

@@ -81,7 +81,7 @@ fn good_bundle_is_taken() {
         );
         c["unknownToTheSpecification"] = json!({"is": "ignored"});
     });
-    let bundle = Bundle::load(dir.path()).unwrap();
+    let (bundle, _) = Bundle::load(dir.path()).unwrap();
     assert!(bundle.is_root_read_only());
     assert_eq!(bundle.memory_limit(), Some(1_048_576));
     let [a, b] = bundle.binds() else { panic!("two bind mounts") };
@@ -108,7 +108,7 @@ fn later_mount_options_undo_earlier_ones() {
         let options = json!(["bind", "ro", "rw", "rslave", "rprivate"]);
         push(&mut c["mounts"], json!({"destination": "/a", "source": "rootfs", "options": options}));
     });
-    let bundle = Bundle::load(dir.path()).unwrap();
+    let (bundle, _) = Bundle::load(dir.path()).unwrap();
     assert!(!bundle.binds()[0].is_read_only() && !bundle.binds()[0].follows_host());
 }
 
@@ -243,9 +243,6 @@ fn namespaces_of_the_host_cannot_be_joined() {
     refused(&["linux.namespaces[2].type", "flavour"], |c| {
         push(&mut c["linux"]["namespaces"], json!({"type": "flavour"}));
     });
-    refused(&["linux.namespaces[2].path", "/proc/1/ns/net", "network"], |c| {
-        push(&mut c["linux"]["namespaces"], json!({"type": "network", "path": "/proc/1/ns/net"}));
-    });
     refused(&["linux.namespaces[2].type", "pid", "twice"], |c| {
         push(&mut c["linux"]["namespaces"], json!({"type": "pid"}));
     });
@@ -257,19 +254,44 @@ fn namespaces_of_a_sibling_are_found_in_the_guest() {
     let siblings = |pid| (pid == 77).then(|| "infra".parse().unwrap());
     let load = |kind: &str, path: &str| {
         let dir = with(|c| push(&mut c["linux"]["namespaces"], json!({"type": kind, "path": path})));
-        Bundle::load_beside(dir.path(), &siblings).map_err(|e| chain(&e))
+        Bundle::load_beside(dir.path(), &siblings).map(|(bundle, _)| bundle).map_err(|e| chain(&e))
     };
-    let bundle = load("network", "/proc/77/ns/net").unwrap();
+    let bundle = load("ipc", "/proc/77/ns/ipc").unwrap();
     let namespaces = bundle.spec().linux().as_ref().unwrap().namespaces().clone().unwrap();
-    assert_eq!(namespaces[2].path().as_deref(), Some(Path::new("/run/kvrun/containers/infra/ns/net")));
+    assert_eq!(namespaces[2].path().as_deref(), Some(Path::new("/run/kvrun/containers/infra/ns/ipc")));
+    assert_eq!(bundle.siblings(), ["infra".parse().unwrap()]);
     for (kind, path) in [
-        ("network", "/proc/78/ns/net"),
-        ("network", "/proc/77/ns/ipc"),
-        ("network", "/var/run/netns/cni-1"),
+        ("ipc", "/proc/78/ns/ipc"),
+        ("ipc", "/proc/77/ns/uts"),
+        ("uts", "/var/run/utsns/1"),
         ("ipc", "/proc/self/ns/ipc"),
         ("uts", "/proc/77/../1/ns/uts"),
     ] {
         let line = load(kind, path).unwrap_err();
+        assert!(line.contains("linux.namespaces[2].path") && line.contains(path), "{line}");
+    }
+}
+
+#[test]
+fn network_namespace_is_the_hosts_and_none_in_the_guest() {
+    let load = |network: Option<Value>| {
+        let dir = with(|c| {
+            if let Some(network) = network {
+                push(&mut c["linux"]["namespaces"], network);
+            }
+        });
+        Bundle::load(dir.path()).map(|(bundle, _)| bundle).map_err(|e| chain(&e))
+    };
+    assert!(matches!(load(None).unwrap().network(), HostNetwork::None));
+    let new = load(Some(json!({"type": "network"}))).unwrap();
+    assert!(matches!(new.network(), HostNetwork::New));
+    assert_eq!(new.spec().linux().as_ref().unwrap().namespaces().as_ref().unwrap().len(), 2);
+    let ours = load(Some(json!({"type": "network", "path": "/proc/self/ns/net"}))).unwrap();
+    let HostNetwork::Named { namespace, .. } = ours.network() else { panic!("{ours:?}") };
+    let current = NetworkNamespace::current().unwrap();
+    assert_eq!(namespace.identity().unwrap(), current.identity().unwrap());
+    for path in ["/run/netns/none-such", "/dev/null", "/etc"] {
+        let line = load(Some(json!({"type": "network", "path": path}))).unwrap_err();
         assert!(line.contains("linux.namespaces[2].path") && line.contains(path), "{line}");
     }
 }
@@ -318,7 +340,7 @@ fn id_mapped_mounts_need_mappings_and_a_bind_mount() {
     let mount = |mount: Value| move |c: &mut Value| push(&mut c["mounts"], mount);
     let own = json!({"destination": "/a", "type": "bind", "source": "rootfs", "options": ["bind", "ridmap"],
         "uidMappings": ids, "gidMappings": ids});
-    let bundle = Bundle::load(with(mount(own)).path()).unwrap();
+    let (bundle, _) = Bundle::load(with(mount(own)).path()).unwrap();
     let map = bundle.binds()[0].id_map().unwrap();
     assert_eq!((map.uids.as_str(), map.gids.as_str(), map.recursive), ("0 1000 10\n", "0 1000 10\n", true));
     refused(

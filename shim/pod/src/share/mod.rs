@@ -12,14 +12,15 @@
 //! * The process is in a mount namespace of its own ([`enter_mount_namespace`]), so all these mounts vanish with it and the VMM, however they
 //!   end. Nothing is mounted in the host's namespace.
 //! * The VMM is given [`Share::directory`]; what is mounted there later appears to it.
-//! * No path is walked twice: trees are cloned from descriptors that were opened, and checked, when the bundle was read, and attached at
-//!   descriptors.
+//! * No path is walked twice: trees are cloned from descriptors that were opened, and checked, when the bundle was read ([`Trees`]), and attached
+//!   at descriptors.
 //! * Read-only is enforced here, outside the guest, as the spec has it: `ro` for the mount itself (mount_setattr(2)), `rro`
 //!   for those below too. So is that no device node of the host can be opened through the share.
 //! * The tmpfs itself is read-only to the VMM: a guest cannot fill the host's memory through it.
 
 mod id_map;
 mod mount_points;
+mod trees;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,15 +31,16 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
-    unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 
-use crate::bundle::{Bind, Bundle};
+use crate::bundle::Bundle;
 use crate::sys::{self, MountAttr};
 
 pub use mount_points::MountPointError;
+pub use trees::Trees;
+use trees::clone_tree;
 
 /// The tag of the virtio-fs device.
 pub const SHARE_TAG: &str = "kvrun";
@@ -165,13 +167,13 @@ impl Share {
         self.root.as_fd()
     }
 
-    /// Adds what a container needs, and returns its spec with the paths the guest has for it.
+    /// Adds the files of a container, and returns its spec with the paths the guest has for them.
     ///
     /// # Errors
     /// [`ShareError`]; nothing is left of it then.
-    pub fn add(&self, bundle: &Bundle) -> Result<(Spec, Place), ShareError> {
+    pub fn add(&self, bundle: &Bundle, trees: Trees) -> Result<(Spec, Place), ShareError> {
         let place = Place(self.next.fetch_add(1, Ordering::Relaxed).to_string());
-        match self.fill(&place, bundle) {
+        match self.fill(&place, bundle, trees) {
             Ok(spec) => Ok((spec, place)),
             Err(error) => {
                 self.remove(&place, bundle);
@@ -180,7 +182,7 @@ impl Share {
         }
     }
 
-    fn fill(&self, place: &Place, bundle: &Bundle) -> Result<Spec, ShareError> {
+    fn fill(&self, place: &Place, bundle: &Bundle, trees: Trees) -> Result<Spec, ShareError> {
         let mut spec = bundle.spec().clone();
         if let Some(hooks) = spec.hooks_mut() {
             // The engine runs these, on the host.
@@ -190,28 +192,32 @@ impl Share {
         }
         let (guest, place) = (place.in_guest(), &place.0);
         let step = |step| move |source| ShareError::Make { step, source };
-        self.make_directory(place).map_err(step("make the container's directory in the share"))?;
+        let mut trees = trees.into_iter();
+        let mut attach = |name: &str, path: &Path| {
+            let attached = trees.next().ok_or_else(|| io::ErrorKind::InvalidInput.into());
+            let attached = attached.and_then(|tree| self.attach(&tree, name));
+            attached.map_err(|source| ShareError::Attach { path: path.to_owned(), source })
+        };
 
+        self.make_directory(place).map_err(step("make the container's directory in the share"))?;
         let rootfs = format!("{place}/rootfs");
         self.make_directory(&rootfs).map_err(step("make the root directory in the share"))?;
-        let attach_root = |source| ShareError::Attach { path: bundle.rootfs_path().to_owned(), source };
-        let tree = clone_tree(bundle.rootfs(), true).map_err(|e| attach_root(e.into()))?;
-        if bundle.is_root_read_only() {
-            mount_points::make(tree.as_fd(), bundle)?;
-        }
-        mount_points::make_working_directory(tree.as_fd(), bundle)?;
-        restrict(&tree, bundle.is_root_read_only(), false, false).map_err(attach_root)?;
-        self.attach(&tree, &rootfs).map_err(attach_root)?;
+        attach(&rootfs, bundle.rootfs_path())?;
         if let Some(root) = spec.root_mut() {
             root.set_path(guest.join("rootfs"));
         }
-
         self.make_directory(&format!("{place}/mounts"))
             .map_err(step("make the mounts directory in the share"))?;
         for bind in bundle.binds() {
             let name = format!("mounts/{}", bind.index());
-            self.add_bind(bind, &format!("{place}/{name}"))
-                .map_err(|source| ShareError::Attach { path: bind.path().to_owned(), source })?;
+            let mount_point = format!("{place}/{name}");
+            let made = if bind.is_directory() {
+                self.make_directory(&mount_point)
+            } else {
+                self.make_file(&mount_point)
+            };
+            made.map_err(step("make a mount point in the share"))?;
+            attach(&mount_point, bind.path())?;
             if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
                 mount.set_source(Some(guest.join(name)));
             }
@@ -236,23 +242,13 @@ impl Share {
         }
     }
 
-    fn add_bind(&self, bind: &Bind, place: &str) -> io::Result<()> {
-        if bind.is_directory() {
-            self.make_directory(place)?;
-        } else {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            rustix::fs::openat(&self.writable, place, flags, Mode::from_raw_mode(0o644))?;
-        }
-        let tree = clone_tree(bind.source(), bind.is_recursive())?;
-        if let Some(map) = bind.id_map() {
-            id_map::apply(&tree, map)?;
-        }
-        restrict(&tree, bind.is_read_only(), bind.is_recursively_read_only(), bind.follows_host())?;
-        self.attach(&tree, place)
-    }
-
     fn make_directory(&self, place: &str) -> Result<(), Errno> {
         rustix::fs::mkdirat(&self.writable, place, Mode::from_raw_mode(0o755))
+    }
+
+    fn make_file(&self, place: &str) -> Result<(), Errno> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        rustix::fs::openat(&self.writable, place, flags, Mode::from_raw_mode(0o644)).map(drop)
     }
 
     fn attach(&self, tree: &OwnedFd, place: &str) -> io::Result<()> {
@@ -262,38 +258,6 @@ impl Share {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         Ok(move_mount(tree, "", &target, "", flags)?)
     }
-}
-
-/// A copy, attached nowhere, of the mount that `directory` is in, from there down.
-fn clone_tree(directory: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Errno> {
-    let mut flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    open_tree(directory, "", flags)
-}
-
-/// Sets what holds for a tree whatever the guest does.
-fn restrict(
-    tree: &OwnedFd,
-    read_only: bool,
-    recursively_read_only: bool,
-    follows_host: bool,
-) -> io::Result<()> {
-    // A device node in the tree is a node of the guest's for the guest; the VMM must not be led to open the host's.
-    let set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    // Mounts made on the host below the source arrive only where the spec asks for it with `slave` or `rslave`.
-    let propagation = if follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
-    sys::mount_setattr(tree, true, MountAttr { set, propagation, ..MountAttr::default() })?;
-    if read_only || recursively_read_only {
-        sys::mount_setattr(
-            tree,
-            recursively_read_only,
-            MountAttr { set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() },
-        )?;
-    }
-    Ok(())
 }
 
 /// Whether a file may be shared as the source of a bind mount.

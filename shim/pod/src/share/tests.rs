@@ -1,11 +1,14 @@
 //! These need root, like everything that mounts.
 
 use std::fs;
+use std::io::{Seek, Write};
 use std::thread;
 
 use serde_json::json;
 
 use super::*;
+use crate::bundle::{Files, HandedOver};
+use crate::network::NetworkNamespace;
 
 /// Runs a test on a thread that is in a mount namespace of its own; mounts there end with it.
 fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
@@ -42,6 +45,12 @@ impl Fixture {
     }
 
     fn add(&self, read_only: bool, mounts: &serde_json::Value) -> Result<(Spec, Place), ShareError> {
+        self.write_config(read_only, mounts);
+        let (bundle, files) = self.bundle();
+        self.share.add(&bundle, Trees::of(&bundle, &files)?)
+    }
+
+    fn write_config(&self, read_only: bool, mounts: &serde_json::Value) {
         let config = json!({
             "ociVersion": "1.2.0",
             "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/work/here"},
@@ -50,10 +59,9 @@ impl Fixture {
             "linux": {"namespaces": [{"type": "mount"}]},
         });
         fs::write(self.path("bundle/config.json"), config.to_string()).unwrap();
-        self.share.add(&self.bundle())
     }
 
-    fn bundle(&self) -> Bundle {
+    fn bundle(&self) -> (Bundle, Files) {
         Bundle::load(&self.path("bundle")).unwrap()
     }
 
@@ -117,10 +125,13 @@ fn read_only_root_is_read_only_and_has_its_mount_points() {
 }
 
 /// A tmpfs on `data/below`.
-fn mount_below(f: &Fixture) {
+fn mount_tmpfs(path: &Path) {
     let none: Option<&std::ffi::CStr> = None;
-    rustix::mount::mount("tmpfs", f.path("data/below"), "tmpfs", rustix::mount::MountFlags::empty(), none)
-        .unwrap();
+    rustix::mount::mount("tmpfs", path, "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
+}
+
+fn mount_below(f: &Fixture) {
+    mount_tmpfs(&f.path("data/below"));
 }
 
 #[test]
@@ -173,15 +184,75 @@ fn removed_container_leaves_nothing_and_its_place_is_not_used_again() {
         let before = mounts();
         let (_, place) = f.add(false, &f.bind("file", &["bind"])).unwrap();
         assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/0"));
-        f.share.remove(&place, &f.bundle());
+        f.share.remove(&place, &f.bundle().0);
         assert_eq!(fs::read_dir(f.path("share")).unwrap().count(), 0);
         // One that cannot be added leaves nothing either.
+        f.write_config(false, &f.bind("file", &["bind"]));
+        let (bundle, files) = f.bundle();
+        let mut trees: Vec<_> = Trees::of(&bundle, &files).unwrap().into_iter().collect();
+        trees.truncate(1);
+        assert!(f.share.add(&bundle, Trees::from(trees)).is_err());
         fs::write(f.path("bundle/rootfs/mnt"), "").unwrap();
         let below = json!([{"destination": "/mnt/below", "type": "tmpfs"}]);
         assert!(f.add(true, &below).is_err());
         assert_eq!((fs::read_dir(f.path("share")).unwrap().count(), mounts()), (0, before));
         let (_, place) = f.add(false, &json!([])).unwrap();
         assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/2"));
+    });
+}
+
+/// As podman's are, which it mounts where no other namespace hears of it.
+#[test]
+fn files_that_only_another_namespace_has_are_handed_over() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        f.write_config(true, &f.bind("data", &["rbind", "ro"]));
+        let (mut config, trees) = thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                sys::unshare_mount_namespace().unwrap();
+                mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+                mount_tmpfs(&f.path("bundle/rootfs"));
+                fs::write(f.path("bundle/rootfs/motd"), "theirs").unwrap();
+                mount_below(&f);
+                fs::write(f.path("data/below/x"), "x").unwrap();
+                let (bundle, files) = f.bundle();
+                let mut config = tempfile::tempfile().unwrap();
+                config.write_all(files.config()).unwrap();
+                (config, Trees::of(&bundle, &files).unwrap())
+            });
+            other.join().unwrap()
+        });
+        config.rewind().unwrap();
+        // As it arrives in another process.
+        let fds: Vec<_> = trees.descriptors().iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+        drop(trees);
+        let trees = Trees::from(fds);
+        let network = NetworkNamespace::current().unwrap();
+        let handed = HandedOver { config, network, trees: &trees };
+        let bundle = Bundle::handed_over(&f.path("bundle"), handed, &|_| None).unwrap();
+        f.share.add(&bundle, trees).unwrap();
+        assert_eq!(fs::read_to_string(f.path("share/0/rootfs/motd")).unwrap(), "theirs");
+        assert_eq!(fs::read_to_string(f.path("share/0/mounts/0/below/x")).unwrap(), "x");
+        assert!(f.path("share/0/rootfs/mnt").is_dir(), "a mount point in a read-only root");
+        for name in ["rootfs/x", "mounts/0/x"] {
+            let error = fs::write(f.path("share/0").join(name), "x").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
+        }
+    });
+}
+
+#[test]
+fn what_was_not_handed_over_is_named() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        f.write_config(false, &json!([]));
+        let (bundle, files) = f.bundle();
+        let trees = Trees::of(&bundle, &files).unwrap();
+        f.write_config(false, &f.bind("data", &["bind"]));
+        let config = fs::File::open(f.path("bundle/config.json")).unwrap();
+        let handed = HandedOver { config, network: NetworkNamespace::current().unwrap(), trees: &trees };
+        let error = Bundle::handed_over(&f.path("bundle"), handed, &|_| None).unwrap_err();
+        assert!(error.to_string().contains("mounts[0].source"), "{error}");
     });
 }
 

@@ -40,7 +40,7 @@ impl Link {
     /// When the host refuses.
     pub fn new(mtu: u16, queue_pairs: u8) -> Result<Self> {
         let unlimited = RateLimit::default();
-        let fds = open_tap("tap0", queue_pairs).context("cannot make a tap")?;
+        let fds = open_tap("tap0", queue_pairs).context("cannot make a tap")?.queues;
         let mac = HOST_MAC.map(|byte| format!("{byte:02x}")).join(":");
         let (v4, v6) = HOST;
         for command in [

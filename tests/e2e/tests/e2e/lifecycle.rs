@@ -34,9 +34,12 @@ pub(crate) const CASES: &[Case] = cases![
 ];
 
 fn container_goes_through_its_states(t: &Test) -> Result<()> {
-    let bundle = t.script("echo started; read line; exit 3")?.with(|spec| {
+    let late = t.scratch().join("late");
+    fs::write(&late, "")?;
+    let bundle = t.script("echo started; cat /etc/late; read line; exit 3")?.with(|spec| {
         spec["annotations"] = json!({"org.example.key": "value"});
     })?;
+    let bundle = bundle.with_bind(&late, "/etc/late", &["bind"])?;
     // The standard input of `create` is the container's; here, /dev/null.
     let left = t.create(&bundle)?;
     let expected = json!({
@@ -45,9 +48,12 @@ fn container_goes_through_its_states(t: &Test) -> Result<()> {
     });
     ensure!(t.state_document()? == expected, "{}", t.state_document()?);
     ensure!(left.text()?.is_empty(), "the program runs before the start");
+    // As engines do with /etc/resolv.conf. The guest has looked at the file already, when it was mounted.
+    fs::write(&late, "written before the start\n")?;
     t.command("start")?;
     left.until("started\n")?;
     ensure!(left.end()? == 3, "another exit code");
+    ensure!(left.text()? == "started\nwritten before the start\n", "{}", left.text()?);
     let expected = json!({
         "ociVersion": "1.2.0", "id": t.id(), "status": "stopped",
         "bundle": bundle.path(), "annotations": {"org.example.key": "value"},

@@ -7,6 +7,7 @@ use kvrun_e2e::vsock_peer;
 mod bad_config;
 mod command_line;
 mod containerd;
+mod engines;
 mod exec;
 mod exit;
 mod faults;
@@ -15,6 +16,7 @@ mod hooks;
 mod inspect;
 mod installation;
 mod lifecycle;
+mod network;
 mod parallel;
 mod pods;
 mod process;
@@ -58,6 +60,9 @@ fn main() -> ExitCode {
         exec::CASES,
         inspect::CASES,
         hooks::CASES,
+        network::CASES,
+        engines::podman::CASES,
+        engines::docker::CASES,
         pods::CASES,
         containerd::CASES,
     ];

@@ -171,7 +171,7 @@ fn id_mapped_bind_mount(t: &Test) -> Result<()> {
 }
 
 fn tmpfs_that_copies_up(t: &Test) -> Result<()> {
-    let script = "cat /data/file /data/dir/deep; readlink /data/link; stat -c '%a %u' /data /data/file; echo new > /data/file";
+    let script = "cat /data/file /data/dir/deep; readlink /data/link; stat -c '%a %u' /data /data/file /own; echo new > /data/file";
     let bundle = t.script(script)?;
     let data = bundle.rootfs().join("data");
     fs::create_dir_all(data.join("dir"))?;
@@ -189,8 +189,11 @@ fn tmpfs_that_copies_up(t: &Test) -> Result<()> {
             spec,
             json!({"destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"]}),
         );
+        // What the options say goes before what the image has.
+        let own = ["tmpcopyup", "mode=1777", "uid=5"];
+        mount(spec, json!({"destination": "/own", "type": "tmpfs", "source": "x", "options": own}));
     })?;
-    t.run(&bundle)?.exited(0).stderr("").stdout("old\ndeep\n/etc/passwd\n710 0\n604 77\n");
+    t.run(&bundle)?.exited(0).stderr("").stdout("old\ndeep\n/etc/passwd\n710 0\n604 77\n1777 5\n");
     ensure!(fs::read_to_string(data.join("file"))? == "old\n", "the host's file was changed");
     Ok(())
 }
