@@ -135,7 +135,12 @@ impl Error {
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::TooSlow { .. } => Code::DEADLINE_EXCEEDED,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Self::Pod(error) | Self::Create(CreateError::Pod(error)) => code_of(error),
+            Self::Pod(error)
+            | Self::Create(CreateError::Pod(error))
+            | Self::Network(NetworkError::Pod(error)) => code_of(error),
+            Self::Network(NetworkError::Host { .. }) => Code::INTERNAL,
+            // What the namespace has is none of our making.
+            Self::Network(_) => Code::FAILED_PRECONDITION,
             _ => Code::INTERNAL,
         }
     }

@@ -5,16 +5,19 @@
 //!
 //! * `start`, in the bundle of a new container: [`launch`] finds the shim of its pod or starts one, and prints its address.
 //! * without an action: [`serve`] is that shim. One process serves all containers of a pod: [`service`] is the Task API over
-//!   [`pod`], which has the machine, and its [`task`]s, the processes in it. [`stdio`] opens what they read and write, [`events`] tells
+//!   [`pod`], which has the [`machine`], its [`container`]s and their [`task`]s, the processes in it. [`stdio`] opens what they read and write, [`events`] tells
 //!   containerd what happens, [`metrics`] says what they use.
 //! * `delete`, when the shim is gone: [`cleanup`] removes what it has left.
 
 mod cleanup;
+mod container;
 mod error;
 mod events;
 mod launch;
+mod machine;
 mod metrics;
 mod pod;
+mod rootfs;
 mod serve;
 mod service;
 mod stdio;

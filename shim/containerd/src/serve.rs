@@ -20,6 +20,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::error::{Error, host};
 use crate::events::Events;
 use crate::launch;
+use crate::machine::Host;
 use crate::pod::Pod;
 use crate::service::Service;
 
@@ -57,7 +58,8 @@ async fn serve_until_left(
 ) -> Result<(), Error> {
     let events = Events::new(events, &flags.namespace);
     let home = NetworkNamespace::current().map_err(host("find our network namespace"))?;
-    let pod = Pod::new(&flags.namespace, crate::state_root(flags)?, mounts, home, events.clone());
+    let host_side = Host { state_root: crate::state_root(flags)?, mounts, home };
+    let pod = Pod::new(&flags.namespace, host_side, events.clone());
     let leave = Arc::new(Notify::new());
     let service = Arc::new(Service::new(Arc::clone(&pod), Arc::clone(&leave)));
     let mut terminate = signal(SignalKind::terminate()).map_err(host("listen for signals"))?;

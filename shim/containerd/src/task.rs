@@ -2,7 +2,7 @@
 //!
 //! It goes from created over running to stopped, which is for good, and its end is told once, after its start has been.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use containerd_shim::protos::events::task::TaskExit;
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use kvrun_pod::container::{Exit, ExitState};
+use kvrun_pod::network::{self, NetworkNamespace};
 use kvrun_pod::process::Process;
 use kvrun_pod::stdio::{Copying, Streams};
 use rustix::thread::gettid;
@@ -24,8 +25,8 @@ use crate::stdio::{Logger, Names, Opened, Owner};
 pub(crate) const KILLED: u32 = 128 + 9;
 /// How long the output of a process that is deleted may still take to get to a client that does not read it.
 const DRAIN: Duration = Duration::from_secs(5);
-/// The stack of a thread that does nothing.
-const STACK: usize = 16 * 1024;
+/// The stack of a thread that does next to nothing.
+const STACK: usize = 32 * 1024;
 
 /// How and when a process ended.
 #[derive(Clone, Debug)]
@@ -34,35 +35,33 @@ pub(crate) struct Ended {
     pub(crate) at: Timestamp,
 }
 
-/// A process ID on the host that stands for a process in the guest, as long as this is there: that of a thread that sleeps. By it, namespaces
-/// of a container are named in the configs of others.
+/// A process ID on the host that stands for a process in the guest, as long as this is there: that of a thread. By it, namespaces
+/// of a container are named in the configs of others, and engines find its network namespace.
 #[derive(Debug)]
 struct HostPid {
     pid: u32,
-    thread: thread::Thread,
-    gone: Arc<std::sync::atomic::AtomicBool>,
+    /// Asks for a network namespace of its own. Dropped, the thread ends.
+    orders: mpsc::Sender<mpsc::Sender<std::io::Result<NetworkNamespace>>>,
 }
 
 impl HostPid {
     fn new() -> std::io::Result<Self> {
-        let gone = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let (sender, receiver) = std::sync::mpsc::channel();
-        let seen = Arc::clone(&gone);
-        let thread = thread::Builder::new().name("container".into()).stack_size(STACK).spawn(move || {
+        let (sender, receiver) = mpsc::channel();
+        let (orders, inbox) = mpsc::channel::<mpsc::Sender<_>>();
+        thread::Builder::new().name("container".into()).stack_size(STACK).spawn(move || {
             let _ = sender.send(gettid());
-            while !seen.load(std::sync::atomic::Ordering::Acquire) {
-                thread::park();
+            for answer in inbox {
+                let _ = answer.send(network::enter_new().and_then(|()| NetworkNamespace::current()));
             }
         })?;
         let pid = receiver.recv().map_err(std::io::Error::other)?.as_raw_nonzero().get().unsigned_abs();
-        Ok(Self { pid, thread: thread.thread().clone(), gone })
+        Ok(Self { pid, orders })
     }
-}
 
-impl Drop for HostPid {
-    fn drop(&mut self) {
-        self.gone.store(true, std::sync::atomic::Ordering::Release);
-        self.thread.unpark();
+    fn new_network(&self) -> std::io::Result<NetworkNamespace> {
+        let (sender, receiver) = mpsc::channel();
+        self.orders.send(sender).map_err(std::io::Error::other)?;
+        receiver.recv().map_err(std::io::Error::other)?
     }
 }
 
@@ -163,6 +162,11 @@ impl Task {
     /// The process ID on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid.pid
+    }
+
+    /// Makes a network namespace, that of its process ID on the host.
+    pub(crate) fn new_network(&self) -> std::io::Result<NetworkNamespace> {
+        self.pid.new_network()
     }
 
     /// In the guest.

@@ -33,12 +33,7 @@ pub(crate) fn enter_network(bundle: &Bundle) -> Result<NetworkNamespace, Error> 
         HostNetwork::None => {}
         HostNetwork::New => network::enter_new().map_err(host("make a network namespace"))?,
         HostNetwork::Named { path, namespace } => {
-            if namespace.is_of_host(&home).map_err(host("look at a network namespace"))? {
-                return Err(Error::Option(format!(
-                    "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one, or leave the path out",
-                    path.display()
-                )));
-            }
+            namespace.check(path, &home)?;
             namespace.enter().map_err(host("enter the network namespace"))?;
         }
     }

@@ -130,23 +130,30 @@ impl<'a> Containerd<'a> {
         if Path::new(RUN).exists() {
             fs::remove_dir_all(RUN).with_context(|| format!("cannot remove {RUN}"))?;
         }
-        // The namespaces of containerd are directories of ours, which stay.
-        for dir in ["/run/kvrun/containerd/default", "/run/kvrun/containerd", "/run/kvrun"] {
-            if Path::new(dir).exists() {
-                fs::remove_dir(dir)
-                    .with_context(|| format!("a shim has left something in {dir}; containerd said {log}"))?;
-            }
-        }
-        Ok(())
+        remove_state("default").with_context(|| format!("containerd said {log}"))
     }
+}
+
+/// Removes the directories of ours for a namespace of containerd, which stay, and must be empty.
+pub(crate) fn remove_state(namespace: &str) -> Result<()> {
+    let root = Path::new("/run/kvrun/containerd");
+    for dir in [&root.join(namespace), root, Path::new("/run/kvrun")] {
+        if dir.exists() {
+            fs::remove_dir(dir).with_context(|| format!("a shim has left something in {}", dir.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The path by which a containerd finds our shim.
+pub(crate) fn search_path(test: &Test) -> String {
+    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display())
 }
 
 fn start(test: &Test, dir: &Path) -> Result<Running> {
     let mut command = Command::new("containerd");
     test.environment(&mut command);
-    // Shims are looked for on the path.
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display());
-    command.env("PATH", path).arg("--config").arg(dir.join("config.toml"));
+    command.env("PATH", search_path(test)).arg("--config").arg(dir.join("config.toml"));
     let daemon = Running::start(&mut command)?.without_input();
     let booted = daemon.stderr.until("successfully booted");
     booted.with_context(|| format!("containerd: {:?}", daemon.stderr))?;

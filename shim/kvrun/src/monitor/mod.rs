@@ -4,12 +4,14 @@
 //! * [`client`] - the command line's end of it.
 //! * [`server`] - the monitor's end: takes connections, checks who asks, answers.
 //! * [`exec`] - what a further process is to be.
-//! * Here - the containers of the machine, and what can be done with each.
+//! * [`container`] - a container of the machine.
+//! * Here - the machine, and what can be done with its containers.
 //!
 //! The first container is the machine's: when it ends, so do the machine and this process. Others join it in [`Monitor::create`] and are
 //! there as long as the connection that made them. They are gone from the machine by the time their end is told.
 
 pub(crate) mod client;
+mod container;
 pub(crate) mod exec;
 pub(crate) mod protocol;
 mod server;
@@ -38,6 +40,7 @@ use kvrun_pod::stdio::{Streams, Wanted};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::sync::{Notify, Semaphore};
 
+pub(crate) use self::container::{Container, until_end};
 use self::exec::Program;
 use self::protocol::ProcessRow;
 use crate::attach::End;
@@ -80,88 +83,6 @@ pub(crate) struct Handed {
     network: NetworkNamespace,
     /// Its files.
     trees: Trees,
-}
-
-/// A container in the machine.
-#[derive(Debug)]
-pub(crate) struct Container {
-    process: Process,
-    bundle: Bundle,
-    /// Its state directory.
-    dir: OwnedFd,
-    /// Where its files are, if it is not the first.
-    place: Option<Place>,
-    record: Mutex<Record>,
-    /// Held while it goes from one state to another.
-    changing: tokio::sync::Mutex<()>,
-    /// The processes on the host that stand for further processes in it.
-    execs: Mutex<Vec<i32>>,
-    /// Whether it is gone from the machine; held while it goes.
-    removed: tokio::sync::Mutex<bool>,
-}
-
-impl Container {
-    /// One that has just been created.
-    pub(crate) fn new(
-        process: Process,
-        bundle: Bundle,
-        dir: OwnedFd,
-        record: Record,
-        place: Option<Place>,
-    ) -> Result<Arc<Self>, Error> {
-        let container = Self {
-            process,
-            bundle,
-            dir,
-            place,
-            record: Mutex::new(record),
-            changing: tokio::sync::Mutex::default(),
-            execs: Mutex::default(),
-            removed: tokio::sync::Mutex::default(),
-        };
-        container.set(Status::Created)?;
-        Ok(Arc::new(container))
-    }
-
-    /// Its process.
-    pub(crate) fn process(&self) -> &Process {
-        &self.process
-    }
-
-    /// Its bundle.
-    pub(crate) fn bundle(&self) -> &Bundle {
-        &self.bundle
-    }
-
-    fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn status(&self) -> Status {
-        self.record().last
-    }
-
-    /// Writes down its state, unless it has stopped, which is for good.
-    pub(crate) fn set(&self, status: Status) -> Result<(), Error> {
-        let mut record = self.record();
-        if record.last == Status::Stopped {
-            return Ok(());
-        }
-        record.last = status;
-        record.write(self.dir.as_fd()).map_err(host("write the container's record"))
-    }
-
-    fn stopped(&self) {
-        if let Err(error) = self.set(Status::Stopped) {
-            // Whoever reads the record sees that this process has ended, a moment later.
-            tracing::warn!(error = %kvrun_pod::text::chain(&error), "write down the end of the container");
-        }
-    }
-
-    fn wrong_state(&self, what: &'static str) -> Error {
-        let record = self.record();
-        Error::WrongState { what, id: record.id.clone(), status: record.last }
-    }
 }
 
 impl Monitor {
@@ -494,14 +415,6 @@ pub(crate) async fn run_creation_hooks(
         hooks::run(kind, &hooks, network, &state(record, Status::Creating)).await?;
     }
     Ok(())
-}
-
-/// Waits for the end of a container's process and writes it down.
-pub(crate) async fn until_end(container: &Container) -> End {
-    use crate::attach::Attended;
-    let end = Attended::wait(&container.process).await;
-    container.stopped();
-    end
 }
 
 fn listener(dir: impl AsFd) -> io::Result<OwnedFd> {

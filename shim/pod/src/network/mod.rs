@@ -22,6 +22,7 @@ mod tap;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use kvrun_agent_api::agent::SetUpNetworkRequest;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
@@ -54,6 +55,15 @@ pub enum NetworkError {
         /// Why it failed.
         #[source]
         source: io::Error,
+    },
+    /// The namespace is that of the host.
+    #[error(
+        "linux.namespaces: {} is the network namespace of the host, in which a guest cannot be; name another one, or leave the path out",
+        path.display()
+    )]
+    OfHost {
+        /// As it is named.
+        path: PathBuf,
     },
     /// Another machine has the links.
     #[error(

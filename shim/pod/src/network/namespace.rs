@@ -9,6 +9,8 @@ use std::thread;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags, fstat, fstatfs, openat};
 
+use super::{NetworkError, host};
+
 /// The file system of namespaces (Linux include/uapi/linux/magic.h, `NSFS_MAGIC`).
 const NSFS_MAGIC: u64 = 0x6e73_6673;
 
@@ -50,19 +52,20 @@ impl NetworkNamespace {
         Ok(Identity(stat.st_dev, stat.st_ino))
     }
 
-    /// Whether it is that of the host: `home`, the one of this process at its start, or that of the first process. Its links must not be
-    /// taken over by a guest: the host would be off its network.
+    /// Checks that it, which is named `path`, is not that of the host: `home`, the one of this process at its start, or that of the first process.
+    /// A guest must not take links over from there: the host would be off its network.
     ///
     /// # Errors
-    /// As fstat(2).
-    pub fn is_of_host(&self, home: &Self) -> io::Result<bool> {
+    /// [`NetworkError::OfHost`] if it is; [`NetworkError::Host`] as fstat(2).
+    pub fn check(&self, path: &Path, home: &Self) -> Result<(), NetworkError> {
         let init = Self::open(Path::new("/proc/1/ns/net")).ok();
-        for host in [Some(home), init.as_ref()].into_iter().flatten() {
-            if host.identity()? == self.identity()? {
-                return Ok(true);
+        for of_host in [Some(home), init.as_ref()].into_iter().flatten() {
+            let same = of_host.identity().and_then(|of_host| Ok(of_host == self.identity()?));
+            if same.map_err(host(|| "look at the network namespace".to_owned()))? {
+                return Err(NetworkError::OfHost { path: path.to_owned() });
             }
         }
-        Ok(false)
+        Ok(())
     }
 
     /// Another descriptor of it.

@@ -9,6 +9,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use super::{IMAGE, image_archive, output, prepare_network, remove_directories};
+use crate::containerd::{remove_state, search_path};
 use crate::fixture::Test;
 use crate::process::{Outcome, Running};
 use crate::terminal::{Terminal, on_terminal};
@@ -132,6 +133,7 @@ impl<'a> Docker<'a> {
         self.daemon.wait()?.exited(0);
         self.containerd.signal(Signal::TERM)?;
         self.containerd.wait()?.exited(0);
+        remove_state("moby")?;
         remove_directories(&["/run/containerd", "/run/docker"])
     }
 }
@@ -160,7 +162,7 @@ fn containerd(test: &Test, dir: &Path) -> Result<Running> {
     fs::write(&path, config)?;
     let mut command = Command::new("containerd");
     test.environment(&mut command);
-    command.arg("--config").arg(&path);
+    command.env("PATH", search_path(test)).arg("--config").arg(&path);
     let containerd = Running::start(&mut command)?.without_input();
     containerd
         .stderr

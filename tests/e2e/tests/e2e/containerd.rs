@@ -9,11 +9,14 @@ use kvrun_e2e::{Case, Terminal, Test, cases};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
+use crate::network::{look, namespace};
+
 pub(crate) const CASES: &[Case] = cases![
     run_passes_streams_and_exit_codes,
     task_is_used_by_every_call_and_its_events_are_in_order,
     task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
     task_outlives_containerd,
+    pod_is_on_the_network_of_its_namespace,
 ];
 
 /// The arguments of `ctr run`.
@@ -167,5 +170,36 @@ fn task_outlives_containerd(t: &Test) -> Result<()> {
     containerd.ctr(&["task", "exec", "--exec-id", "first", id, "touch", "/go"])?.exited(0);
     containerd.ctr(&["task", "attach", id])?.exited(4);
     containerd.ctr(&["container", "delete", id])?.exited(0);
+    containerd.end()
+}
+
+fn pod_is_on_the_network_of_its_namespace(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let id = t.id();
+    let own = namespace(t)?;
+    let _wire = own.connect("eth0", 1)?;
+    let before = look(&own)?;
+    let network = format!("network:{}", own.path().display());
+    let on = ["--rm", "--with-ns", &network];
+    let script = "ip -o addr show dev eth0; ping -c 1 -q 10.9.1.1";
+    let is_on_it = || -> Result<()> {
+        let text = containerd.ctr(&run(&on, id, &["sh", "-c", script]))?.exited(0).text();
+        ensure!(text.contains("10.9.1.2/24") && text.contains("1 packets received"), "{text}");
+        ensure!(look(&own)? == before, "before:\n{before}after:\n{}", look(&own)?);
+        Ok(())
+    };
+    is_on_it()?;
+    // Who is killed gives it back, too.
+    let running = containerd.start(&run(&on, id, &["sh", "-c", "echo up; sleep 1000"]))?;
+    running.until("up")?;
+    for (_, shim) in t.processes(SHIM)? {
+        pidfd_send_signal(shim, Signal::KILL)?;
+    }
+    running.wait()?.exited(1);
+    is_on_it()?;
+
+    let refused = ["--rm", "--with-ns", "network:/proc/1/ns/net"];
+    let outcome = containerd.ctr(&run(&refused, id, &["true"]))?.failed();
+    ensure!(outcome.stderr.contains("/proc/1/ns/net is the network namespace of the host"), "{outcome}");
     containerd.end()
 }

@@ -36,7 +36,7 @@ fn set_network(spec: &mut Value, network: &Value) {
     }
 }
 
-fn namespace(t: &Test) -> Result<Namespace> {
+pub(crate) fn namespace(t: &Test) -> Result<Namespace> {
     Namespace::new(&t.scratch().join("netns"))
 }
 
@@ -151,7 +151,7 @@ fn container_is_on_several_links(t: &Test) -> Result<()> {
 }
 
 /// Links, addresses and traffic control of a namespace.
-fn look(namespace: &Namespace) -> Result<String> {
+pub(crate) fn look(namespace: &Namespace) -> Result<String> {
     let mut all = namespace.run("ip -o addr")?;
     for command in ["ip -o link", "ip route", "tc qdisc show", "tc filter show dev eth0 ingress"] {
         all.push_str(&namespace.run(command)?);

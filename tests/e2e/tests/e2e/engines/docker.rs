@@ -12,6 +12,7 @@ pub(crate) const CASES: &[Case] = cases![needs "dockerd":
     container_has_what_its_options_say,
     running_container_is_used_and_stopped,
     build_runs_its_steps_in_machines,
+    shim_of_containerd_runs_containers,
 ];
 
 fn container_has_what_its_options_say(t: &Test) -> Result<()> {
@@ -92,5 +93,21 @@ fn build_runs_its_steps_in_machines(t: &Test) -> Result<()> {
     ensure!(text.contains("input\r\nlo\r\nis-2-tty"), "{text}");
     let kernel = text.rsplit("kernel=").next().and_then(|rest| rest.split('=').next());
     is_a_guests_kernel(&format!("{}\n", kernel.context("not what was built")?))?;
+    docker.end()
+}
+
+fn shim_of_containerd_runs_containers(t: &Test) -> Result<()> {
+    let docker = Docker::new(t)?;
+    let service = ["io.containerd.kvrun.v2", "--name", "web", "-p", "8080:80", IMAGE, "sh", "-c", SERVICE];
+    docker.say(&words("run -d -v named:/named --runtime", &service))?;
+    docker.start(&["logs", "-f", "web"])?.until("started 1")?;
+    is_served("127.0.0.1:8080")?;
+    let script = "uname -r; exit 4";
+    let outcome = docker.invoke(&["exec", "web", "sh", "-c", script])?.exited(4);
+    is_a_guests_kernel(&outcome.text())?;
+    docker.say(&["stop", "web"])?;
+    docker.invoke(&["logs", "web"])?.exited(0).stdout("started 1\nbye\n");
+    let code = docker.say(&["inspect", "--format", "{{.State.ExitCode}}", "web"])?;
+    ensure!(code.trim() == "3", "{code}");
     docker.end()
 }

@@ -41,6 +41,9 @@ fn running_container_is_used_and_stopped(t: &Test) -> Result<()> {
     let exec = ["exec", "--user", "1000", "-e", "A=b", "web", "sh", "-c", processes];
     let outcome = podman.invoke(&exec)?.exited(4).text();
     ensure!(outcome.starts_with("b 1000\n") && outcome.contains("sleep 1000"), "{outcome}");
+    // All that the host runs, and the process that stands for the container is among it.
+    let processes = podman.say(&["top", "web", "pid", "comm"])?;
+    ensure!(processes.contains("kvrun"), "{processes}");
     podman.invoke(&["healthcheck", "run", "web"])?.exited(1);
     podman.say(&["exec", "web", "touch", "/healthy"])?;
     podman.invoke(&["healthcheck", "run", "web"])?.exited(0);

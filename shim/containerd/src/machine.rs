@@ -1,0 +1,129 @@
+//! The machine of the pod.
+
+use std::path::PathBuf;
+
+use kvrun_pod::assets::{Assets, Explicit};
+use kvrun_pod::bundle::{Bundle, Files, HostNetwork, Spec};
+use kvrun_pod::cgroup::{self, HostCgroup};
+use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::network::{Network, NetworkNamespace};
+use kvrun_pod::pod::{self as engine, Pod as Vm, Starting};
+use kvrun_pod::record::Record;
+use kvrun_pod::share::{MountNamespace, Place, Share, Trees};
+use kvrun_pod::size::VmSize;
+use kvrun_pod::state_dir::ContainerDir;
+
+use crate::error::{Error, host};
+use crate::task::Task;
+
+/// What a machine is made with.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) state_root: PathBuf,
+    pub(crate) mounts: MountNamespace,
+    /// The network namespace of this process.
+    pub(crate) home: NetworkNamespace,
+}
+
+/// What the containers of a pod have in common. In the order in which it is undone.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) vm: Vm,
+    /// Its links, if it is in a network namespace.
+    network: tokio::sync::Mutex<Option<Network>>,
+    pub(crate) share: Share,
+    _cgroup: Option<HostCgroup>,
+    _dir: ContainerDir,
+}
+
+impl Machine {
+    /// Brings the machine up, with the files of its first container.
+    pub(crate) async fn boot(
+        host_side: &Host,
+        id: &ContainerId,
+        bundle: &Bundle,
+        files: Files,
+        task: &Task,
+    ) -> Result<(Self, Spec, Place), Error> {
+        let size = VmSize::for_spec(bundle.spec())?;
+        let namespace = network_namespace(host_side, bundle, task)?;
+        let mut network = namespace.map(|namespace| Network::new(namespace, size.vcpus.max));
+        let assets = Assets::open(&Explicit::default())?;
+        std::fs::create_dir_all(&host_side.state_root).map_err(host("make the state directory"))?;
+        let dir = ContainerDir::claim(&host_side.state_root, id)?;
+        let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
+        let mut record = Record::creating(id.clone(), process, String::new());
+        if let HostNetwork::Named { path, .. } = bundle.network() {
+            record.network = Some(path.clone());
+        }
+        let write = |record: &Record| record.write(dir.as_fd()).map_err(host("write the pod's record"));
+        write(&record)?;
+        // Before anything is started, so that all of it is accounted there.
+        let cgroup = match bundle.cgroups_path() {
+            Some(path) => Some(HostCgroup::join(path, cgroup::Driver::of(path), &dir)?),
+            None => None,
+        };
+        let share = Share::mount(&host_side.mounts, &dir.make_share_directory()?)?;
+        let starting = Starting::spawn(&assets, engine::machine(size), share.directory())?;
+        // If this process is killed, somebody else may have to end the VMM.
+        record.vmm = starting.vmm().process().ok();
+        write(&record)?;
+        // While the guest boots.
+        let (spec, place) = share.add(bundle, Trees::of(bundle, &files)?)?;
+        let vm = starting.ready().await?;
+        if let Some(network) = &mut network {
+            network.update(&vm).await?;
+        }
+        let network = tokio::sync::Mutex::new(network);
+        Ok((Self { vm, network, share, _cgroup: cgroup, _dir: dir }, spec, place))
+    }
+
+    /// All containers of a machine are on its network, or on none.
+    pub(crate) async fn check_network(&self, bundle: &Bundle) -> Result<(), Error> {
+        let HostNetwork::Named { path, namespace } = bundle.network() else { return Ok(()) };
+        let network = self.network.lock().await;
+        let is_it = network.as_ref().map(|network| network.is_of(namespace)).transpose();
+        if is_it.map_err(host("look at the network namespace"))? != Some(true) {
+            return Err(Error::Invalid(format!(
+                "linux.namespaces: the pod is not in the network namespace {}, so its container cannot be",
+                path.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Gives the machine what its network namespace has by now: docker and hooks configure it when they know the first container's process.
+    pub(crate) async fn update_network(&self) -> Result<(), Error> {
+        if let Some(network) = &mut *self.network.lock().await {
+            network.update(&self.vm).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a container's files away, which nothing in the guest uses any more.
+    pub(crate) async fn forget(&self, place: &Place, bundle: &Bundle) {
+        self.share.remove(place, bundle);
+        // Else what the guest remembers of them keeps them open here, and their file systems with them.
+        if let Err(error) = self.vm.or_death(self.vm.agent().forget_directory(&place.in_guest())).await {
+            tracing::debug!(%error, "have the guest forget a container's files");
+        }
+    }
+}
+
+/// The namespace whose links the machine is to have: the one that is named, which CNI has made before, or a new one, which whoever asked for it
+/// finds by the process ID of the container.
+fn network_namespace(
+    host_side: &Host,
+    bundle: &Bundle,
+    task: &Task,
+) -> Result<Option<NetworkNamespace>, Error> {
+    match bundle.network() {
+        HostNetwork::None => Ok(None),
+        HostNetwork::New => task.new_network().map(Some).map_err(host("make a network namespace")),
+        HostNetwork::Named { path, namespace } => {
+            namespace.check(path, &host_side.home)?;
+            namespace.try_clone().map(Some).map_err(host("keep the network namespace"))
+        }
+    }
+}
