@@ -2,14 +2,17 @@
 //!
 //! * [`boot`] - a virtual machine started cold, and its phases.
 //! * [`qemu`] - QEMU's microvm machine with the same kernel and initramfs.
+//! * [`io`] - devices at work, against those of QEMU's microvm.
 //! * [`run`] - whole runs of a container: kvrun against crun; and what kvrun's processes hold while one runs.
 //! * [`process`] - private memory and threads of a process.
 //! * [`report`] - medians, the table, the JSON.
 //!
-//! Times come from `CLOCK_MONOTONIC` of the machine this runs on. `tests/bench/bench` starts it in the lab's deterministic mode, where
-//! one instruction takes one nanosecond, unless the host has hardware KVM.
+//! Times come from `CLOCK_MONOTONIC` of the machine this runs on, those of [`io`] from that of its guests. Unless the host has hardware
+//! KVM, `tests/bench/bench` starts it in the lab: in the deterministic mode, where one instruction takes one nanosecond, and for [`io`],
+//! where the VMM and the guest are to run at the same time, in the normal one.
 
 mod boot;
+mod io;
 mod process;
 mod qemu;
 mod report;
@@ -29,15 +32,29 @@ struct Args {
     /// The installed tree to measure: PREFIX of `make install`.
     #[arg(long)]
     prefix: PathBuf,
-    /// An OCI bundle whose process is /bin/true.
-    #[arg(long)]
-    bundle: PathBuf,
+    #[command(flatten)]
+    part: Part,
     /// How often each thing is measured; the median counts.
     #[arg(long, default_value_t = 10)]
     runs: usize,
-    /// Where to write the numbers: one flat JSON object.
+    /// Of what is measured of devices, only that whose name begins like this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Where to write the numbers: one flat JSON object, to which they are added if it is there.
     #[arg(long)]
     json: PathBuf,
+}
+
+/// What is measured.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Part {
+    /// All but devices, with an OCI bundle whose process is /bin/true.
+    #[arg(long)]
+    bundle: Option<PathBuf>,
+    /// Devices at work, with the initramfs that has kvrun-bench-guest as its init.
+    #[arg(long)]
+    io: Option<PathBuf>,
 }
 
 /// The tree that is measured.
@@ -60,13 +77,26 @@ fn main() -> Result<()> {
         initramfs: args.prefix.join("share/kvrun/initramfs.cpio"),
     };
     let mut report = Report::default();
+    match (&args.part.bundle, &args.part.io) {
+        (Some(bundle), _) => measure(&stage, bundle, args.runs, &mut report)?,
+        (_, Some(initramfs)) => {
+            let scratch = args.json.parent().context("the numbers are to be written to no directory")?;
+            io::measure(&stage, initramfs, scratch, args.runs, &args.only, &mut report)?;
+        }
+        (None, None) => {}
+    }
+    report.print();
+    report.write(&args.json).with_context(|| format!("cannot write {}", args.json.display()))
+}
+
+/// Measures all but devices.
+fn measure(stage: &Stage, bundle: &Path, runs: usize, report: &mut Report) -> Result<()> {
     // Once without counting: the first run of each program reads it from disk.
-    boot::measure(&stage, 1, &mut report)?;
-    qemu::measure(&stage, 1, &mut report)?;
-    run::measure(&stage, &args.bundle, 1, &mut report)?;
-    boot::measure(&stage, args.runs, &mut report)?;
-    qemu::measure(&stage, args.runs, &mut report)?;
-    run::measure(&stage, &args.bundle, args.runs, &mut report)?;
+    for (runs, report) in [(1, &mut Report::default()), (runs, &mut *report)] {
+        boot::measure(stage, runs, report)?;
+        qemu::measure(stage, runs, report)?;
+        run::measure(stage, bundle, runs, report)?;
+    }
     report.number("size.agent_bytes", agent_size(&stage.initramfs)?);
     report.number("size.vmlinux_bytes", file_size(&stage.kernel)?);
     report.number("size.vmm_bytes", file_size(&stage.vmm)?);
@@ -74,8 +104,7 @@ fn main() -> Result<()> {
     report.ratio("boot.cold.ready_ms", "boot.qemu_microvm.init_ms");
     report.ratio("run.true_ms", "run.crun_true_ms");
     report.ratio("exec.true_ms", "exec.crun_true_ms");
-    report.print();
-    fs::write(&args.json, report.json()?).with_context(|| format!("cannot write {}", args.json.display()))
+    Ok(())
 }
 
 fn file_size(path: &Path) -> Result<f64> {

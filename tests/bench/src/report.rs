@@ -1,6 +1,9 @@
 //! Medians, the table, the JSON.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
 
 use anyhow::Result;
 
@@ -19,10 +22,10 @@ impl Report {
         self.values.insert(key.to_owned(), value);
     }
 
-    /// Takes down the median of several runs.
-    pub(crate) fn median(&mut self, key: &str, mut samples: Vec<f64>) {
+    /// Takes down the median of several runs, and returns it; nothing without any.
+    pub(crate) fn median(&mut self, key: &str, mut samples: Vec<f64>) -> f64 {
         samples.sort_by(f64::total_cmp);
-        let (Some(least), Some(greatest)) = (samples.first(), samples.last()) else { return };
+        let (Some(least), Some(greatest)) = (samples.first(), samples.last()) else { return f64::NAN };
         self.spread.insert(key.to_owned(), (*least, *greatest));
         let middle = samples.len() / 2;
         let median = if samples.len() % 2 == 1 {
@@ -31,6 +34,7 @@ impl Report {
             (samples[middle - 1] + samples[middle]) / 2.0
         };
         self.number(key, median);
+        median
     }
 
     /// Asks for the ratio of two keys in the table.
@@ -58,11 +62,15 @@ impl Report {
         }
     }
 
-    /// One flat JSON object of numbers.
-    pub(crate) fn json(&self) -> Result<String> {
-        let rounded: BTreeMap<_, _> =
-            self.values.iter().map(|(key, value)| (key, (value * 1000.0).round() / 1000.0)).collect();
-        Ok(serde_json::to_string_pretty(&rounded)? + "\n")
+    /// Adds the numbers to those in a file, one flat JSON object, which need not be there.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let mut all: BTreeMap<String, f64> = match fs::read(path) {
+            Ok(before) => serde_json::from_slice(&before)?,
+            Err(e) if e.kind() == ErrorKind::NotFound => BTreeMap::new(),
+            Err(e) => return Err(e.into()),
+        };
+        all.extend(self.values.iter().map(|(key, value)| (key.clone(), (value * 1000.0).round() / 1000.0)));
+        Ok(fs::write(path, serde_json::to_string_pretty(&all)? + "\n")?)
     }
 }
 

@@ -96,7 +96,7 @@ fn hold(stage: &Stage, bundle: &Path, report: &mut Report) -> Result<()> {
     BufReader::new(engine.stdout.take().context("no pipe")?).read_line(&mut line)?;
     ensure!(line == "up\n", "the container said {line:?}");
     let vmm = process::child(engine.id(), "kvrun-vmm")?;
-    report.number("mem.vmm_private_kib", process::private_kib(vmm, MEMORY_MIB)?);
+    report.number("mem.vmm_of_container_private_kib", process::private_kib(vmm, MEMORY_MIB)?);
     report.number("mem.vmm_threads", process::threads(vmm)?);
     report.number("mem.engine_private_kib", process::private_kib(engine.id(), MEMORY_MIB)?);
     drop(engine.stdin.take());

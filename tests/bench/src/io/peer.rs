@@ -1,0 +1,64 @@
+//! The host's side of a stream: the same program for both machines.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Result, ensure};
+use kvrun_bench::{Job, Stream};
+use rustix::net::{Shutdown, shutdown};
+
+/// Bytes of a write and of a read.
+const CHUNK: usize = 256 * 1024;
+
+/// Helps the guest with a job, on a thread of its own.
+pub(super) fn start(job: &Job, stream: OwnedFd) -> JoinHandle<Result<()>> {
+    let job = job.clone();
+    thread::spawn(move || {
+        let stream = File::from(stream);
+        match job {
+            Job::Send(work) => read(stream, work),
+            Job::Receive(work) => write(stream, work),
+            Job::PingPong(work) => echo(stream, work),
+            other => anyhow::bail!("{other:?} takes no stream"),
+        }
+    })
+}
+
+fn read(mut stream: File, work: Stream) -> Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    let mut received = 0;
+    loop {
+        match stream.read(&mut chunk)? {
+            0 => break,
+            count => received += count,
+        }
+    }
+    ensure!(received == work.bytes, "received {received} of {} bytes", work.bytes);
+    Ok(stream.write_all(&[0])?)
+}
+
+fn write(mut stream: File, work: Stream) -> Result<()> {
+    let chunk = vec![0x5a; CHUNK];
+    stream.read_exact(&mut [0])?;
+    let mut left = work.bytes;
+    while left > 0 {
+        let now = left.min(CHUNK);
+        stream.write_all(&chunk[..now])?;
+        left -= now;
+    }
+    shutdown(&stream, Shutdown::Write)?;
+    // Closed by the guest first: nothing is thrown away on the way.
+    ensure!(stream.read(&mut [0])? == 0, "the guest sent too much");
+    Ok(())
+}
+
+fn echo(mut stream: File, work: Stream) -> Result<()> {
+    let mut byte = [0];
+    for _ in 0..work.bytes {
+        stream.read_exact(&mut byte)?;
+        stream.write_all(&byte)?;
+    }
+    Ok(())
+}
