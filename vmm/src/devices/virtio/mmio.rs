@@ -505,10 +505,14 @@ impl MmioInterrupt {
         self.status.load(Ordering::Acquire) | if elsewhere { VIRTIO_MMIO_INT_VRING } else { 0 }
     }
 
+    /// A cause that the driver has not acknowledged yet is on its way to it already: it acknowledges first and looks second (s4.2.3.3;
+    /// Linux 6.12 drivers/virtio/virtio_mmio.c, vm_interrupt()), so it will find what the cause stands for by now. A busy queue
+    /// thus interrupts no oftener than its driver takes interrupts.
     fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::AcqRel);
-        // Only a counter at its limit refuses, and then the interrupt is pending already.
-        let _ = self.irq.write(1);
+        if self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
+            // Only a counter at its limit refuses, and then the interrupt is pending already.
+            let _ = self.irq.write(1);
+        }
     }
 }
 

@@ -273,6 +273,27 @@ fn interrupts_are_raised_and_acknowledged() {
 }
 
 #[test]
+fn driver_that_has_not_acknowledged_an_interrupt_is_not_interrupted_again() {
+    let bench = Bench::new();
+    bench.start();
+    let interrupt = bench.interrupts.try_recv().unwrap();
+    for round in 0..3 {
+        interrupt.signal_queue(0);
+        interrupt.signal_queue(1);
+        interrupt.signal_queue(0);
+        assert_eq!(bench.irq.read().unwrap(), 1, "in round {round}");
+        bench.write(reg::INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    }
+    // Each cause counts for itself, and a reset forgets all.
+    interrupt.signal_queue(0);
+    interrupt.signal_config();
+    assert_eq!(bench.irq.read().unwrap(), 2);
+    bench.write(reg::STATUS, 0);
+    interrupt.signal_queue(0);
+    assert_eq!(bench.irq.read().unwrap(), 1);
+}
+
+#[test]
 fn interrupts_raised_outside_the_process_are_announced_until_the_reset() {
     let bench = Bench::new();
     bench.start();

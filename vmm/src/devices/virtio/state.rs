@@ -65,7 +65,8 @@ pub struct SlotState {
     pub status: u32,
     /// The device has given up on its driver: `DEVICE_NEEDS_RESET`.
     pub broken: bool,
-    /// The register `InterruptStatus`.
+    /// The register `InterruptStatus`. Where it is not 0, whoever restores the slot interrupts the driver: the device will not do so again
+    /// before the driver has acknowledged it.
     pub interrupt_status: u32,
     /// The register `DeviceFeaturesSel`.
     pub device_features_select: u32,
