@@ -20,6 +20,10 @@ use crate::locked;
 
 /// How many requests are taken before those that are done are looked at.
 const BATCH: usize = 64;
+/// The driver hears of what is done once there is nothing more to do, or after so many requests ...
+const UNTOLD_REQUESTS: usize = 16;
+/// ... or after requests that moved so many bytes: in about the time that they take, an interrupt each would cost more than it gains.
+const UNTOLD_BYTES: u64 = 64 << 10;
 /// No more requests are taken while those under way move so many bytes: what a reset or a pause may have to wait for.
 const MAX_BYTES_UNDER_WAY: u64 = 32 << 20;
 
@@ -39,6 +43,14 @@ pub(super) struct Session {
     /// The next request has been found to be too early, and counted as such.
     throttled: bool,
     under_way: UnderWay,
+    untold: Untold,
+}
+
+/// What is done and the driver has not been told of.
+#[derive(Default)]
+struct Untold {
+    requests: usize,
+    bytes: u64,
 }
 
 /// A queue and what the driver has been told of it.
@@ -84,7 +96,19 @@ impl Session {
         let served = |queue| Served { queue, kicked: true, returned: false };
         let queues = queues.into_iter().map(served).collect();
         let under_way = UnderWay::default();
-        Self { disk, mem, interrupt, durable, queues, turn: 0, broken: false, throttled: false, under_way }
+        let untold = Untold::default();
+        Self {
+            disk,
+            mem,
+            interrupt,
+            durable,
+            queues,
+            turn: 0,
+            broken: false,
+            throttled: false,
+            under_way,
+            untold,
+        }
     }
 
     /// How far each of the device's `count` queues has come; `None` for one that the driver has left out.
@@ -116,6 +140,9 @@ impl Session {
             let taken = self.take(engine)?;
             let look_again = engine.start(&mut done);
             self.complete(engine, &mut done)?;
+            if look_again && !self.untold.is_much() {
+                continue;
+            }
             self.tell()?;
             if look_again {
                 continue;
@@ -215,7 +242,8 @@ impl Session {
                 Next::Done(status) => status,
             };
             let Some(flight) = self.under_way.remove(token) else { continue };
-            let Flight { queue, head, status_at, filled, counter, .. } = flight;
+            let Flight { queue, head, status_at, filled, counter, bytes, .. } = flight;
+            self.untold.bytes += bytes;
             let (counter, filled) =
                 if status == Status::Ok { (counter(counters), filled) } else { (&counters.errors, 0) };
             counter.add(1);
@@ -241,11 +269,13 @@ impl Session {
     fn return_chain(&mut self, queue: usize, head: u16, written: u32) -> Result<(), QueueError> {
         let served = &mut self.queues[queue];
         served.returned = true;
+        self.untold.requests += 1;
         served.queue.add_used(&self.mem, head, written)
     }
 
     /// Interrupts the driver for what was returned, if it wants that.
     fn tell(&mut self) -> Result<(), QueueError> {
+        self.untold = Untold::default();
         for served in &mut self.queues {
             if std::mem::take(&mut served.returned) && served.queue.needs_interrupt(&self.mem)? {
                 self.interrupt.signal_queue(served.queue.index());
@@ -290,6 +320,12 @@ enum Taken {
     Full,
     /// There is one more, which may not go before this time.
     Throttled(Instant),
+}
+
+impl Untold {
+    fn is_much(&self) -> bool {
+        self.requests >= UNTOLD_REQUESTS || self.bytes >= UNTOLD_BYTES
+    }
 }
 
 impl UnderWay {
