@@ -89,8 +89,27 @@ impl Header {
 }
 
 /// What a chain covers of guest memory, in order.
-#[derive(Debug, Default)]
-pub(super) struct Buffers<'m>(Vec<VolatileSlice<'m>>);
+///
+/// A packet as Linux makes it is one or two pieces of memory, and a busy stream is many packets: so few take no memory of their own.
+#[derive(Clone, Debug)]
+pub(super) struct Buffers<'m> {
+    /// All slices, while `many` is empty.
+    few: [VolatileSlice<'m>; FEW],
+    /// How many of `few` count.
+    count: usize,
+    /// All slices, once they have been more than `few` holds.
+    many: Vec<VolatileSlice<'m>>,
+}
+
+/// Header and data.
+const FEW: usize = 2;
+
+impl Default for Buffers<'_> {
+    fn default() -> Self {
+        let none = || VolatileSlice::from(&mut [][..]);
+        Self { few: [none(), none()], count: 0, many: Vec::new() }
+    }
+}
 
 impl<'m> Buffers<'m> {
     /// All buffers of a chain, which must all be writable or all readable. The error says what is wrong with it.
@@ -100,7 +119,7 @@ impl<'m> Buffers<'m> {
         queue_size: u16,
         writable: bool,
     ) -> Result<Self, &'static str> {
-        let mut slices = Vec::with_capacity(4);
+        let mut all = Self::default();
         let mut count = 0;
         let mut complete = false;
         for descriptor in chain {
@@ -113,7 +132,7 @@ impl<'m> Buffers<'m> {
                 return Err("buffer is in the wrong direction");
             }
             for slice in mem.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                slices.push(slice.map_err(|_| "buffer is outside memory")?);
+                all.push(slice.map_err(|_| "buffer is outside memory")?);
             }
             complete = !descriptor.has_next();
         }
@@ -121,23 +140,43 @@ impl<'m> Buffers<'m> {
         if !complete {
             return Err("descriptor chain is broken");
         }
-        Ok(Self(slices))
+        Ok(all)
+    }
+
+    /// None yet, but soon so many.
+    pub(super) fn expecting(count: usize) -> Self {
+        Self { many: Vec::with_capacity(count), ..Self::default() }
+    }
+
+    fn push(&mut self, slice: VolatileSlice<'m>) {
+        if self.many.is_empty() && self.count < FEW {
+            self.few[self.count] = slice;
+            self.count += 1;
+            return;
+        }
+        self.many.extend_from_slice(&self.few[..self.count]);
+        self.count = 0;
+        self.many.push(slice);
+    }
+
+    fn slices_mut(&mut self) -> &mut [VolatileSlice<'m>] {
+        if self.many.is_empty() { &mut self.few[..self.count] } else { &mut self.many }
     }
 
     /// The slices, for a system call.
     pub(super) fn slices(&self) -> &[VolatileSlice<'m>] {
-        &self.0
+        if self.many.is_empty() { &self.few[..self.count] } else { &self.many }
     }
 
     /// Length in bytes; a chain covers less than 2^32.
     pub(super) fn len(&self) -> usize {
-        self.0.iter().map(VolatileSlice::len).sum()
+        self.slices().iter().map(VolatileSlice::len).sum()
     }
 
     /// Leaves out the first `count` bytes; all of them if there are fewer.
     pub(super) fn skip(&mut self, mut count: usize) {
         let mut whole = 0;
-        for slice in &mut self.0 {
+        for slice in self.slices_mut() {
             if slice.len() > count {
                 if let Ok(rest) = slice.offset(count) {
                     *slice = rest;
@@ -147,13 +186,18 @@ impl<'m> Buffers<'m> {
             count -= slice.len();
             whole += 1;
         }
-        self.0.drain(..whole);
+        if self.many.is_empty() {
+            self.few.copy_within(whole..self.count, 0);
+            self.count -= whole;
+        } else {
+            self.many.drain(..whole);
+        }
     }
 
     /// Leaves out what is beyond the first `count` bytes.
     pub(super) fn truncate(&mut self, mut count: usize) {
         let mut kept = 0;
-        for slice in &mut self.0 {
+        for slice in self.slices_mut() {
             if count == 0 {
                 break;
             }
@@ -165,18 +209,19 @@ impl<'m> Buffers<'m> {
             count -= slice.len();
             kept += 1;
         }
-        self.0.truncate(kept);
+        self.many.truncate(kept);
+        self.count = self.count.min(kept);
     }
 
-    /// Moves the slices of `other` behind its own.
-    pub(super) fn append(&mut self, mut other: Self) {
-        self.0.append(&mut other.0);
+    /// Adds the slices of `other` behind its own.
+    pub(super) fn append(&mut self, other: &Self) {
+        other.slices().iter().for_each(|&slice| self.push(slice));
     }
 
     /// Copies from the front.
     fn read_front(&self, bytes: &mut [u8]) {
         let mut at = 0;
-        for slice in &self.0 {
+        for slice in self.slices() {
             at += slice.copy_to(&mut bytes[at..]);
         }
     }
@@ -184,7 +229,7 @@ impl<'m> Buffers<'m> {
     /// Copies to the front.
     fn write_front(&self, bytes: &[u8]) {
         let mut at = 0;
-        for slice in &self.0 {
+        for slice in self.slices() {
             // A volatile slice takes what fits, and says how much that was.
             at += slice.write(&bytes[at..], 0).unwrap_or(0);
             if at == bytes.len() {
@@ -253,7 +298,7 @@ impl<'m> RxBuffer<'m> {
 
     /// The room behind the header.
     pub(super) fn data(&self) -> Buffers<'m> {
-        let mut data = Buffers(self.buffers.0.clone());
+        let mut data = self.buffers.clone();
         data.skip(HEADER_LEN);
         data
     }

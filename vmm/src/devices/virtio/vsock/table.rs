@@ -311,7 +311,7 @@ fn send_data(
 ) -> Result<(u64, u64, Verdict), QueueError> {
     let credit = connection.credit() as usize;
     let mut buffers: Vec<(RxBuffer<'_>, usize)> = Vec::with_capacity(connection.burst.into());
-    let mut room = Buffers::default();
+    let mut room = Buffers::expecting(connection.burst.into());
     let mut total = 0;
     while buffers.len() < connection.burst.into() && total < credit {
         let Some(buffer) = RxBuffer::pop(rx, mem)? else { break };
@@ -327,7 +327,7 @@ fn send_data(
         data.truncate(credit - total);
         total += data.len();
         buffers.push((buffer, data.len()));
-        room.append(data);
+        room.append(&data);
     }
     let (mut left, verdict) = connection.read_host(&room, registry);
     let (mut packets, bytes) = (0, left as u64);

@@ -60,11 +60,8 @@ impl Worker {
 
     fn work(&mut self, token: u32, events: EventFlags, registry: &Registry<'_>) -> Result<(), QueueError> {
         match token {
-            RX_KICK => self.rx.clear_kick(),
-            TX_KICK => {
-                self.tx.clear_kick();
-                self.take_packets(registry)?;
-            }
+            RX_KICK => {}
+            TX_KICK => self.take_packets(registry)?,
             WAKE => self.table.take_requests(registry),
             token => self.table.stream_ready(token, events, registry),
         }
@@ -147,8 +144,9 @@ impl Subscriber for Worker {
         if self.broken {
             return Ok(());
         }
-        registry.add(self.rx.kick(), RX_KICK, EventFlags::IN)?;
-        registry.add(self.tx.kick(), TX_KICK, EventFlags::IN)?;
+        // Edge-triggered: each kick wakes the loop once, and nobody has to read the counter.
+        registry.add(self.rx.kick(), RX_KICK, EventFlags::IN | EventFlags::ET)?;
+        registry.add(self.tx.kick(), TX_KICK, EventFlags::IN | EventFlags::ET)?;
         registry.add(&self.shared.wake, WAKE, EventFlags::IN)?;
         self.table.register(registry)
     }
