@@ -31,6 +31,7 @@ fn interface(mac: [u8; 6]) -> Result<String> {
     anyhow::bail!("no interface has the address {wanted}")
 }
 
+#[derive(Clone, Copy)]
 enum Value {
     Address(Ipv4Addr),
     Flags(libc::c_short),
