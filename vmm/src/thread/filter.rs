@@ -6,8 +6,9 @@ use super::{Class, violation};
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
-/// The program of a class; a call that it does not allow is not made, and its thread gets SIGSYS: see [`violation`]. [`NEVER`] is
-/// under all of them.
+/// The program of a class; a call that it does not allow is not made, and its thread gets SIGSYS: see [`violation`]. Those of the main thread and
+/// the spawner have the kernel end the process for what is in [`super::table::NEVER`], and all other threads inherit from the spawner: of
+/// several filters the strictest answer counts.
 pub const fn of(class: Class) -> &'static [sock_filter] {
     match class {
         Class::Main => MAIN,
@@ -25,19 +26,6 @@ pub const fn of(class: Class) -> &'static [sock_filter] {
 /// # Errors
 /// When the kernel has no filters, or no memory.
 pub fn install(class: Class) -> Result<(), seccompiler::Error> {
-    // All others inherit from the spawner. Of several filters the strictest answer counts.
-    if matches!(class, Class::Main | Class::Spawner) {
-        apply_filter(NEVER)?;
-    }
-    // Threads that have nothing to do with files: the C library asks /proc about overcommitting before it gives memory back, and takes
-    // what it would be told in the jail anyway for an answer.
-    if !matches!(class, Class::Fs | Class::Spawner) {
-        apply_filter(NO_FILES)?;
-    }
-    if class == Class::Spawner {
-        // The flags of clone3(2) are in memory, where a filter cannot look. Told that there is no such call, the C library takes clone(2).
-        apply_filter(NO_CLONE3)?;
-    }
     violation::blame(class);
     apply_filter(of(class))
 }

@@ -56,6 +56,8 @@ pub struct Rule {
     pub why: &'static str,
     /// The occasion, if it is not one of every run.
     pub rarely: Option<&'static str>,
+    /// The call is not made, and its caller gets this error number.
+    pub refused: Option<u16>,
 }
 
 impl Rule {
@@ -63,10 +65,15 @@ impl Rule {
         self.rarely = Some(when);
         self
     }
+
+    const fn refused(mut self, error: i32) -> Self {
+        self.refused = Some(error as u16);
+        self
+    }
 }
 
 const fn allow(who: &'static [Class], call: Call, when: &'static [Condition], why: &'static str) -> Rule {
-    Rule { who, call, when, why, rarely: None }
+    Rule { who, call, when, why, rarely: None, refused: None }
 }
 
 macro_rules! call {
@@ -190,7 +197,7 @@ pub const RULES: &[Rule] = &[
     allow(EVERY, call!(SYS_mprotect), NO_CODE, "malloc: heaps of threads grow").rarely("the heap of a thread grows beyond 132 KiB"),
     allow(EVERY, call!(SYS_madvise), &[Is(2, libc::MADV_DONTNEED as u32)], "the stack of a thread that ends"),
     allow(EVERY, call!(SYS_mremap), ANY, "malloc: large blocks grow").rarely("a vector grows beyond 128 KiB"),
-    allow(&[Main, Vcpu, EventLoop, Blk, Net], call!(SYS_openat), ANY, "passes, to be told by the filter before that there is no such file").rarely("malloc gives back what a thread's heap has shrunk by, and first asks /proc about overcommitting; no tracer sees it"),
+    allow(&[Main, Vcpu, EventLoop, Blk, Net], call!(SYS_openat), ANY, "malloc asks /proc about overcommitting before it gives memory back, and takes what it would be told in the jail anyway for an answer").refused(libc::ENOENT).rarely("a thread's heap shrinks; no tracer sees it"),
     allow(EVERY, call!(SYS_getrandom), ANY, "keys of hash maps; the entropy device"),
     allow(EVERY, call!(SYS_sigaltstack), ANY, "a thread that ends"),
     allow(EVERY, call!(SYS_rt_sigprocmask), ANY, "a thread that ends"),
@@ -329,7 +336,7 @@ pub const RULES: &[Rule] = &[
 
     // How threads begin, up to where their own filters are on.
     allow(&[Spawner], call!(SYS_clone), &[Is(0, CLONE_THREAD)], "starts a thread"),
-    allow(&[Spawner], call!(SYS_clone3), ANY, "passes, to be told by the filter before that there is no such call").rarely("always, but no tracer sees it"),
+    allow(&[Spawner], call!(SYS_clone3), ANY, "its flags are in memory, where a filter cannot look; told that there is no such call, the C library takes clone(2)").refused(libc::ENOSYS).rarely("always, but no tracer sees it"),
     allow(&[Spawner], call!(SYS_mmap), NO_CODE, "stacks"),
     allow(&[Spawner], call!(SYS_mprotect), NO_CODE, "their guard pages"),
     allow(&[Spawner], call!(SYS_rt_sigprocmask), ANY, "no signal before a thread is complete"),
