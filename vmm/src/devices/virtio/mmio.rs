@@ -336,14 +336,23 @@ impl Transport {
         }
     }
 
-    /// Queue registers count between `FEATURES_OK` and `DRIVER_OK`; a ready queue does not change (s4.2.2.2).
+    /// Queue registers count between `FEATURES_OK` and `DRIVER_OK`; a ready queue does not change (s4.2.2.2). After that, a driver can only take a
+    /// queue back, which the device then must not touch. Linux does so when it lets go of a device (drivers/virtio/virtio_mmio.c, `vm_del_vq`),
+    /// so all of the device stops.
     fn configure_queue(&mut self, offset: u64, value: u32) {
-        if !self.has(VIRTIO_CONFIG_S_FEATURES_OK) || self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
+        if !self.has(VIRTIO_CONFIG_S_FEATURES_OK) {
             return;
         }
         let Some(QueueRegisters { config, .. }) = self.queues.get_mut(self.queue_select as usize) else {
             return;
         };
+        if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            if offset == reg::QUEUE_READY && value & 1 == 0 && config.ready {
+                config.ready = false;
+                self.device.reset();
+            }
+            return;
+        }
         if offset == reg::QUEUE_READY {
             config.ready = value & 1 == 1;
             return;

@@ -223,8 +223,30 @@ fn queues_are_frozen_once_the_driver_runs() {
     let bench = Bench::new();
     bench.start();
     bench.write(reg::QUEUE_SEL, 0);
-    bench.write(reg::QUEUE_READY, 0);
     bench.write(reg::QUEUE_DESC_HIGH, 0xffff_ffff);
+    bench.write(reg::QUEUE_READY, 1);
+    assert_eq!(bench.read(reg::QUEUE_READY), 1);
+    assert!(matches!(bench.calls.try_recv(), Ok(Call::Activated { .. })));
+    assert!(bench.calls.try_recv().is_err());
+}
+
+#[test]
+fn queue_that_is_taken_back_is_touched_no_more() {
+    let bench = Bench::new();
+    bench.start();
+    assert!(matches!(bench.calls.try_recv(), Ok(Call::Activated { .. })));
+    bench.write(reg::QUEUE_SEL, 1);
+    for _ in 0..2 {
+        bench.write(reg::QUEUE_READY, 0);
+        assert_eq!(bench.read(reg::QUEUE_READY), 0);
+    }
+    assert!(matches!(bench.calls.try_recv(), Ok(Call::Reset)));
+    // For good, until the driver begins anew.
+    bench.write(reg::QUEUE_READY, 1);
+    assert_eq!(bench.read(reg::QUEUE_READY), 0);
+    assert!(bench.calls.try_recv().is_err());
+    bench.write(reg::STATUS, 0);
+    bench.start();
     assert_eq!(bench.read(reg::QUEUE_READY), 1);
 }
 
