@@ -13,6 +13,7 @@ mod host;
 mod jail;
 mod memory;
 mod net;
+mod pmem;
 mod vcpus;
 mod vsock;
 
@@ -25,6 +26,7 @@ pub(crate) const GROUPS: &[&[Case]] = &[
     clock::CASES,
     vsock::CASES,
     memory::CASES,
+    pmem::CASES,
     jail::CASES,
 ];
 
