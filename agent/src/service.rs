@@ -220,7 +220,10 @@ impl Agent for AgentService {
     async fn bind_slot(&self, _: &TtrpcContext, request: BindSlotRequest) -> ttrpc::Result<BindSlotResponse> {
         let slots = self.0.slots.clone();
         let mut response = BindSlotResponse::new();
-        response.block_device = blocking(move || Ok(slots.bind(request.slot)?)).await?;
+        if let Some(device) = blocking(move || Ok(slots.bind(request.slot)?)).await? {
+            (response.block_device, response.major, response.minor) =
+                (device.name, device.major, device.minor);
+        }
         Ok(response)
     }
 

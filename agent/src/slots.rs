@@ -37,6 +37,17 @@ pub enum SlotError {
     },
 }
 
+/// A block device in a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// As in `/dev`.
+    pub name: String,
+    /// Its device numbers.
+    pub major: u32,
+    /// The second of them.
+    pub minor: u32,
+}
+
 /// The slots, through sysfs.
 #[derive(Clone, Debug)]
 pub struct Slots {
@@ -56,13 +67,13 @@ impl Slots {
         Self { sysfs }
     }
 
-    /// Binds the driver, if it is not bound, and gives the name of the block device in the slot, empty where there is none.
+    /// Binds the driver, if it is not bound, and gives the block device in the slot, if there is one.
     /// The kernel probes in the write itself, so the device is there afterwards.
     ///
     /// # Errors
     ///
     /// [`SlotError`].
-    pub fn bind(&self, slot: u32) -> Result<String, SlotError> {
+    pub fn bind(&self, slot: u32) -> Result<Option<BlockDevice>, SlotError> {
         let device = self.device(slot)?;
         if !device.join("driver").exists() {
             let result = fs::write(self.driver().join("bind"), name(slot));
@@ -78,9 +89,9 @@ impl Slots {
             return Err(SlotError::NoDriver(slot));
         }
         if let Some(bus) = first_entry(&virtio, |name| name.starts_with("ndbus")) {
-            return pmem_device(&virtio.join(bus)).ok_or(SlotError::NoDriver(slot));
+            return pmem_device(&virtio.join(bus)).ok_or(SlotError::NoDriver(slot)).map(Some);
         }
-        Ok(first_entry(&virtio.join("block"), |_| true).unwrap_or_default())
+        Ok(block_device(&virtio))
     }
 
     /// Unbinds the driver, if it is bound.
@@ -133,7 +144,7 @@ fn virtio_device(device: &Path) -> Option<PathBuf> {
 
 /// The block device of a pmem device, whose virtio device has a bus of regions of namespaces. Those are probed in their own time;
 /// reading `wait_probe` waits for that (Linux 6.12 drivers/nvdimm/core.c).
-fn pmem_device(bus: &Path) -> Option<String> {
+fn pmem_device(bus: &Path) -> Option<BlockDevice> {
     fs::read(bus.join("wait_probe")).ok()?;
     let region = bus.join(first_entry(bus, |name| name.starts_with("region"))?);
     // Beside the one with the memory there is a seed for another one, which has no block device.
@@ -141,7 +152,15 @@ fn pmem_device(bus: &Path) -> Option<String> {
         .ok()?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with("namespace"))
-        .find_map(|namespace| first_entry(&region.join(namespace).join("block"), |_| true))
+        .find_map(|namespace| block_device(&region.join(namespace)))
+}
+
+/// The block device of a device.
+fn block_device(device: &Path) -> Option<BlockDevice> {
+    let name = first_entry(&device.join("block"), |_| true)?;
+    let numbers = fs::read_to_string(device.join("block").join(&name).join("dev")).ok()?;
+    let (major, minor) = numbers.trim().split_once(':')?;
+    Some(BlockDevice { name, major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
 fn first_entry(dir: &Path, matches: impl Fn(&str) -> bool) -> Option<String> {
@@ -174,13 +193,15 @@ mod tests {
         let block = sysfs.join("bus/platform/devices/virtio-mmio.2/virtio0");
         symlink(&driver, block.join("driver")).unwrap();
         fs::create_dir_all(block.join("block/vda/queue")).unwrap();
+        fs::write(block.join("block/vda/dev"), "254:16\n").unwrap();
         Slots { sysfs }
     }
 
     #[test]
     fn a_bound_slot_tells_its_block_device() {
         let slots = sysfs("bound");
-        assert_eq!(slots.bind(2).unwrap(), "vda");
+        let vda = BlockDevice { name: "vda".to_owned(), major: 254, minor: 16 };
+        assert_eq!(slots.bind(2).unwrap(), Some(vda));
         assert!(matches!(slots.bind(3), Err(SlotError::NoDriver(3))));
         fs::remove_dir_all(slots.sysfs).unwrap();
     }
@@ -195,7 +216,9 @@ mod tests {
         fs::write(bus.join("wait_probe"), "1\n").unwrap();
         assert!(matches!(slots.bind(3), Err(SlotError::NoDriver(3))), "its memory cannot be used");
         fs::create_dir_all(bus.join("region0/namespace0.0/block/pmem0")).unwrap();
-        assert_eq!(slots.bind(3).unwrap(), "pmem0");
+        fs::write(bus.join("region0/namespace0.0/block/pmem0/dev"), "259:0\n").unwrap();
+        let pmem = BlockDevice { name: "pmem0".to_owned(), major: 259, minor: 0 };
+        assert_eq!(slots.bind(3).unwrap(), Some(pmem));
         fs::remove_dir_all(slots.sysfs).unwrap();
     }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Spec};
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, Uid, chmodat, chownat, fstat, makedev, mknodat, stat, statat, symlinkat,
-    unlinkat,
+    AtFlags, FileType, Gid, Mode, Uid, chmodat, chownat, fstat, major, makedev, minor, mknodat, stat, statat,
+    symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -108,26 +108,38 @@ pub fn bound(spec: &Spec) -> Result<Vec<Bound>, SetupError> {
             };
             // At its own path, or at that of a default device with another name.
             let default = DEFAULT.iter().find(|(_, major, minor)| makedev(*major, *minor) == node.number);
-            let path = [Some(node.path.as_path()), default.map(|(path, ..)| Path::new(*path))]
-                .into_iter()
-                .flatten()
-                .find(|path| path.starts_with("/dev") && find(path))
-                .map(Path::to_owned)
-                .ok_or_else(|| {
-                    SetupError::field(
-                        &node.field,
-                        format!(
-                            "({}) cannot be made in a {} namespace, and the guest has no such device",
-                            node.path.display(),
-                            LinuxNamespaceType::User,
-                        ),
-                    )
-                })?;
+            let disk = disk(&node);
+            let path =
+                [Some(node.path.as_path()), default.map(|(path, ..)| Path::new(*path)), disk.as_deref()]
+                    .into_iter()
+                    .flatten()
+                    .find(|path| path.starts_with("/dev") && find(path))
+                    .map(Path::to_owned)
+                    .ok_or_else(|| {
+                        SetupError::field(
+                            &node.field,
+                            format!(
+                                "({}) cannot be made in a {} namespace, and the guest has no such device",
+                                node.path.display(),
+                                LinuxNamespaceType::User,
+                            ),
+                        )
+                    })?;
             let tree =
                 clone_file(&path).map_err(system(format!("{}: clone {}", node.field, path.display())))?;
             Ok(Bound { node, tree })
         })
         .collect()
+}
+
+/// Where the guest has a block device of these numbers, if it has.
+fn disk(node: &Node) -> Option<PathBuf> {
+    if node.kind != FileType::BlockDevice {
+        return None;
+    }
+    // A link whose last part is the name.
+    let link = format!("/sys/dev/block/{}:{}", major(node.number), minor(node.number));
+    Some(Path::new("/dev").join(std::fs::read_link(link).ok()?.file_name()?))
 }
 
 /// Makes nodes and links. With the umask 0.

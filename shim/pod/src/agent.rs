@@ -94,22 +94,34 @@ impl std::fmt::Debug for Agent {
     }
 }
 
+/// A block device of the guest, as it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// As in `/dev`.
+    pub name: String,
+    /// Its device numbers.
+    pub major: u32,
+    /// The second of them.
+    pub minor: u32,
+}
+
 impl Agent {
     /// Speaks over a stream connected to [`kvrun_agent_api::RPC_PORT`]. Must be called in a tokio runtime.
     pub fn over(stream: UnixStream) -> Self {
         Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
     }
 
-    /// Binds the driver to a slot; the name of its block device, if it holds one.
+    /// Binds the driver to a slot; its block device, if it holds one.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn bind_slot(&self, slot: u8) -> Result<Option<String>, AgentError> {
+    pub async fn bind_slot(&self, slot: u8) -> Result<Option<BlockDevice>, AgentError> {
         let request = api::BindSlotRequest { slot: slot.into(), ..Default::default() };
         let answer =
             bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request))
                 .await?;
-        Ok(Some(answer.block_device).filter(|name| !name.is_empty()))
+        let api::BindSlotResponse { block_device: name, major, minor, .. } = answer;
+        Ok(Some(BlockDevice { name, major, minor }).filter(|device| !device.name.is_empty()))
     }
 
     /// Unbinds the driver from a slot, so that it may be emptied.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::disks::DiskError;
 use crate::pod::PodError;
 use crate::process::Process;
 use crate::stdio::{Copying, StdioError};
@@ -20,9 +21,21 @@ pub enum CreateError {
     /// Its streams failed.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// It cannot have a block device of the host.
+    #[error(transparent)]
+    Disk(DiskError),
     /// The machine or the agent failed.
     #[error(transparent)]
     Pod(#[from] PodError),
+}
+
+impl From<DiskError> for CreateError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Pod(error) => Self::Pod(error),
+            error => Self::Disk(error),
+        }
+    }
 }
 
 /// Why the program of a container cannot be run.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvrun_agent_api::{READY_PORT, RPC_PORT};
@@ -18,6 +19,7 @@ use crate::agent::{Agent, AgentError};
 use crate::assets::Assets;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
+use crate::disks::{self, Disks};
 use crate::process::Process;
 use crate::share::{GUEST_SHARE_DIR, SHARE_TAG};
 use crate::size::VmSize;
@@ -137,6 +139,7 @@ pub struct Starting {
     booting: Booting,
     ready: GuestConnection,
     kernel: PathBuf,
+    vcpus: u8,
 }
 
 impl Starting {
@@ -155,9 +158,10 @@ impl Starting {
     fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
         tracing::debug!(memory_mib = config.memory_mib, vcpus = config.vcpus.boot, "booting");
         let ready = vmm.expect(READY_PORT);
+        let vcpus = config.vcpus.boot;
         let booting =
             vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
-        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone() })
+        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone(), vcpus })
     }
 
     /// The VMM.
@@ -170,7 +174,7 @@ impl Starting {
     /// # Errors
     /// [`PodError`]; the machine is then killed.
     pub async fn ready(self) -> Result<Pod, PodError> {
-        let Self { vmm, booting, ready, kernel } = self;
+        let Self { vmm, booting, ready, kernel, vcpus } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(end) => PodError::Died(end),
             source => PodError::Boot { kernel, source },
@@ -194,7 +198,7 @@ impl Starting {
             Err(PodError::Vmm(VmmError::Ended(end))) => return Err(PodError::Died(end)),
             Err(error) => return Err(error),
         };
-        let pod = Pod { vmm, agent };
+        let pod = Pod { vmm, agent, vcpus, slots: Arc::default(), disks: Arc::default() };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
         tracing::debug!("the guest has the share");
@@ -221,6 +225,28 @@ fn open_kvm() -> Result<File, PodError> {
 pub struct Pod {
     pub(crate) vmm: Vmm,
     pub(crate) agent: Agent,
+    pub(crate) vcpus: u8,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) disks: Arc<Disks>,
+}
+
+/// The slots behind that of the share that are taken, as bits.
+#[derive(Debug, Default)]
+pub(crate) struct Slots(AtomicU64);
+
+impl Slots {
+    /// A slot for a device, if there is one left.
+    pub(crate) fn take(&self) -> Option<u8> {
+        let first_free = |taken: u64| (SHARE_SLOT + 1..SLOTS).find(|slot| taken & (1 << slot) == 0);
+        let take = |taken| first_free(taken).map(|slot| taken | 1 << slot);
+        let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        first_free(before)
+    }
+
+    /// It is empty again.
+    pub(crate) fn free(&self, slot: u8) {
+        self.0.fetch_and(!(1 << slot), Ordering::Relaxed);
+    }
 }
 
 impl Pod {
@@ -239,7 +265,8 @@ impl Pod {
         Ok(Container::new(process, Copying::start(stdio, streams)?))
     }
 
-    /// As [`Pod::create`], for streams that somebody else copies; `bundle` is what hooks in the guest are told.
+    /// As [`Pod::create`], for streams that somebody else copies; `bundle` is what hooks in the guest are told. Block devices of the
+    /// host that the spec names are attached.
     ///
     /// # Errors
     /// [`CreateError`].
@@ -250,12 +277,23 @@ impl Pod {
         spec: &oci_spec::runtime::Spec,
         wanted: Wanted,
     ) -> Result<(Process, Streams), CreateError> {
-        let spec_json = serde_json::to_vec(spec).map_err(CreateError::Serialize)?;
-        let planned = Planned::new(wanted)?;
-        let created = self.agent.create(id, bundle, spec_json, planned.tokens());
-        let streams = self.with_streams(created, planned).await?;
-        tracing::debug!(%id, "created");
-        Ok((Process::new(self.clone(), id.clone(), String::new()), streams))
+        let (spec, disks) = disks::attach(self, spec).await?;
+        let created = async {
+            let spec_json = serde_json::to_vec(&*spec).map_err(CreateError::Serialize)?;
+            let planned = Planned::new(wanted)?;
+            let created = self.agent.create(id, bundle, spec_json, planned.tokens());
+            self.with_streams(created, planned).await
+        };
+        match created.await {
+            Ok(streams) => {
+                tracing::debug!(%id, "created");
+                Ok((Process::new(self.clone(), id.clone(), String::new(), disks), streams))
+            }
+            Err(error) => {
+                disks::detach(self, &disks).await;
+                Err(error)
+            }
+        }
     }
 
     /// Runs a further process in a running container; `exec_id` is to be a new one.
@@ -273,7 +311,7 @@ impl Pod {
         let planned = Planned::new(wanted)?;
         let started = self.agent.exec(id, &exec_id, process_json, planned.tokens());
         let streams = self.with_streams(started, planned).await?;
-        Ok((Process::new(self.clone(), id.clone(), exec_id), streams))
+        Ok((Process::new(self.clone(), id.clone(), exec_id, Vec::new()), streams))
     }
 
     async fn with_streams(

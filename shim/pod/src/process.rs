@@ -1,5 +1,6 @@
 //! A process in a running machine: a container's own, or a further one in a container.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -7,6 +8,7 @@ use tokio::time::timeout;
 use crate::agent::{AgentError, ProcessEnd};
 use crate::container::{Exit, ExitState, VmDeath};
 use crate::container_id::ContainerId;
+use crate::disks;
 use crate::pod::{Pod, PodError};
 use crate::text;
 
@@ -26,11 +28,13 @@ pub struct Process {
     id: ContainerId,
     /// Empty for the container's own.
     exec_id: String,
+    /// What its container has of the host's block devices.
+    disks: Arc<[(i64, i64)]>,
 }
 
 impl Process {
-    pub(crate) fn new(pod: Pod, id: ContainerId, exec_id: String) -> Self {
-        Self { pod, id, exec_id }
+    pub(crate) fn new(pod: Pod, id: ContainerId, exec_id: String, disks: Vec<(i64, i64)>) -> Self {
+        Self { pod, id, exec_id, disks: disks.into() }
     }
 
     /// Whether it is a container's own, and not a further one.
@@ -94,5 +98,6 @@ impl Process {
         if !matches!(removed, Ok(Ok(()))) {
             self.pod.vmm.kill("the container could not be removed from the guest").await;
         }
+        disks::detach(&self.pod, &self.disks).await;
     }
 }

@@ -10,6 +10,7 @@
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`lifecycle`] - containers created and started by commands of their own.
 //! * [`containerd`] - a containerd whose containers are run by our shim.
+//! * [`loop_device`] - block devices of this host.
 //! * [`netns`] - network namespaces as engines make them.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
@@ -29,6 +30,7 @@ pub mod harness;
 pub mod isolation;
 pub mod leaks;
 pub mod lifecycle;
+pub mod loop_device;
 pub mod netns;
 pub mod process;
 pub mod terminal;

@@ -232,12 +232,13 @@ fn devices(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
             format!("{field}.path"),
             format!("{path:?} is not absolute: it must start with /"),
         )?;
-        let in_guest = match device.typ() {
-            LinuxDeviceType::P => true,
+        let can_be = match device.typ() {
+            // Block devices of the host become disks of the machine.
+            LinuxDeviceType::P | LinuxDeviceType::B => true,
             LinuxDeviceType::C | LinuxDeviceType::U => {
                 GUEST_DEVICES.contains(&(device.major(), device.minor()))
             }
-            _ => false,
+            LinuxDeviceType::A => false,
         };
         let problem = format!(
             "{} ({} {}:{}) is a device of the host, which the guest does not have; remove it",
@@ -246,7 +247,7 @@ fn devices(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
             device.major(),
             device.minor()
         );
-        refuse(!in_guest, field, problem)?;
+        refuse(!can_be, field, problem)?;
     }
     Ok(())
 }

@@ -359,9 +359,9 @@ fn id_mapped_mounts_need_mappings_and_a_bind_mount() {
 fn what_belongs_to_the_host_is_refused_by_name() {
     let linux = |name: &'static str, value: Value| move |c: &mut Value| c["linux"][name] = value;
     let disk = json!([{"path": "/dev/host-disk", "type": "b", "major": 254, "minor": 0}]);
-    refused(&["linux.devices[0]", "/dev/host-disk", "254:0"], linux("devices", disk));
+    Bundle::load(with(linux("devices", disk)).path()).unwrap();
     let gpu = json!([{"path": "/dev/dri/card0", "type": "c", "major": 226, "minor": 0}]);
-    refused(&["linux.devices[0]", "/dev/dri/card0"], linux("devices", gpu));
+    refused(&["linux.devices[0]", "/dev/dri/card0", "226:0"], linux("devices", gpu));
     refused(&["linux.rootfsPropagation", "shared"], linux("rootfsPropagation", json!("shared")));
     refused(&["linux.rootfsPropagation", "sideways"], linux("rootfsPropagation", json!("sideways")));
     refused(&["linux.mountLabel"], linux("mountLabel", json!("a:b:c")));

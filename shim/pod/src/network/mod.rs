@@ -37,12 +37,10 @@ pub use self::namespace::{Identity, NetworkNamespace, enter_new};
 use self::netlink::Netlink;
 use self::scan::{Link, Lists, Scan};
 pub use self::tap::{Tap, open_tap, open_vhost};
-use crate::pod::{Pod, PodError, SHARE_SLOT, SLOTS};
+use crate::pod::{Pod, PodError, Slots};
 
 /// How the names of our taps begin.
 const TAP_PREFIX: &str = "kvrun";
-/// The slot of the first link.
-const FIRST_SLOT: u8 = SHARE_SLOT + 1;
 
 /// Why a pod cannot have its network.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +88,9 @@ pub enum NetworkError {
         what: &'static str,
     },
     /// There is no slot left.
-    #[error("link {name} of the network namespace is one too many: a machine has {} at most", SLOTS - FIRST_SLOT)]
+    #[error(
+        "link {name} of the network namespace is one too many: the machine has no slot left for it; take it down"
+    )]
     TooMany {
         /// The first without a slot.
         name: String,
@@ -147,7 +147,7 @@ impl Network {
     pub async fn update(&mut self, pod: &Pod) -> Result<(), NetworkError> {
         let Self { namespace, queue_pairs, joined } = self;
         let (scan, devices) = namespace
-            .run(|| join(joined, *queue_pairs))
+            .run(|| join(joined, *queue_pairs, &pod.slots))
             .map_err(host(|| "enter the network namespace".to_owned()))??;
         for device in devices {
             let fds: Vec<BorrowedFd<'_>> = device.queues.iter().map(AsFd::as_fd).collect();
@@ -216,7 +216,11 @@ fn look() -> Result<(Netlink, Lists), NetworkError> {
 }
 
 /// Joins a tap to each link of the calling thread's namespace that is not in `joined` yet.
-fn join(joined: &mut Vec<Joined>, queue_pairs: u8) -> Result<(Scan, Vec<Device>), NetworkError> {
+fn join(
+    joined: &mut Vec<Joined>,
+    queue_pairs: u8,
+    slots: &Slots,
+) -> Result<(Scan, Vec<Device>), NetworkError> {
     let (mut netlink, lists) = look()?;
     let taps: Vec<u32> = joined.iter().map(|joined| joined.tap).collect();
     let scan = Scan::of(&lists, &taps)?;
@@ -225,11 +229,6 @@ fn join(joined: &mut Vec<Joined>, queue_pairs: u8) -> Result<(Scan, Vec<Device>)
         if joined.iter().any(|joined| joined.link == *link) {
             continue;
         }
-        let used = u8::try_from(joined.len()).unwrap_or(u8::MAX);
-        let slot = FIRST_SLOT.saturating_add(used);
-        if slot >= SLOTS {
-            return Err(NetworkError::TooMany { name: name.clone() });
-        }
         let make = || -> io::Result<(Tap, u32)> {
             let tap = open_tap(&format!("{TAP_PREFIX}%d"), queue_pairs)?;
             let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
@@ -237,6 +236,8 @@ fn join(joined: &mut Vec<Joined>, queue_pairs: u8) -> Result<(Scan, Vec<Device>)
             Ok((tap, index))
         };
         let (tap, index) = make().map_err(host(|| format!("make a tap device for the link {name}")))?;
+        // It stays taken if the rest fails: with it, the machine does.
+        let slot = slots.take().ok_or_else(|| NetworkError::TooMany { name: name.clone() })?;
         // From here on there may be something to undo.
         joined.push(Joined { slot, link: *link, tap: index });
         take_up(&mut netlink, index, *mtu)

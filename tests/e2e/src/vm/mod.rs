@@ -107,7 +107,8 @@ impl Machine {
         let what = format!("cannot attach {device:?} to slot {slot}");
         let attached = async {
             self.pod.vmm().attach(slot, device, fds).await?;
-            anyhow::Ok(self.pod.agent().bind_slot(slot).await?)
+            let device = self.pod.agent().bind_slot(slot).await?;
+            anyhow::Ok(device.map(|device| device.name))
         };
         self.runtime.block_on(attached).context(what)
     }

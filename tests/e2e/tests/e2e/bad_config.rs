@@ -189,7 +189,8 @@ fn cgroup_path_that_leads_out(t: &Test) -> Result<()> {
 
 fn device_of_the_host(t: &Test) -> Result<()> {
     refused(t, &["/dev/host-disk"], |spec| {
-        spec["linux"]["devices"] = json!([{"path": "/dev/host-disk", "type": "b", "major": 254, "minor": 0}]);
+        spec["linux"]["devices"] =
+            json!([{"path": "/dev/host-disk", "type": "c", "major": 10, "minor": 237}]);
     })
 }
 

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         spec::mounts::CASES,
         spec::linux::CASES,
         spec::resources::CASES,
+        spec::disks::CASES,
         spec::hooks::CASES,
         spec::refused::CASES,
         lifecycle::CASES,

@@ -328,5 +328,5 @@ fn what_a_guest_cannot_have_is_refused_by_name(t: &Test) -> Result<()> {
         })
         .collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    refused("many", &many, &["one too many", "5 at most"])
+    refused("many", &many, &["one too many", "no slot left"])
 }

@@ -22,7 +22,7 @@ pub(crate) const CASES: &[Case] = cases![
 const SLEEP: &str = "echo up; trap 'exit 0' TERM; sleep 1000 & wait";
 
 /// Kind and sandbox, as containerd's CRI plugin names them.
-fn member(bundle: Bundle, kind: &str, sandbox: &str) -> Result<Bundle> {
+pub(crate) fn member(bundle: Bundle, kind: &str, sandbox: &str) -> Result<Bundle> {
     bundle.with(|spec| {
         spec["annotations"] =
             json!({"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox});
@@ -30,7 +30,7 @@ fn member(bundle: Bundle, kind: &str, sandbox: &str) -> Result<Bundle> {
 }
 
 /// A running sandbox.
-fn sandbox(t: &Test) -> Result<Left> {
+pub(crate) fn sandbox(t: &Test) -> Result<Left> {
     let left = t.create(&member(t.script(SLEEP)?, "sandbox", t.id())?)?;
     t.command("start")?;
     left.until("up\n")?;
@@ -38,7 +38,7 @@ fn sandbox(t: &Test) -> Result<Left> {
 }
 
 /// A running container beside it.
-fn beside(t: &Test, id: &str, script: &str) -> Result<Left> {
+pub(crate) fn beside(t: &Test, id: &str, script: &str) -> Result<Left> {
     let left = t.create_as(id, &member(t.script(script)?, "container", t.id())?)?;
     t.invoke(&["start", id])?.exited(0).stdout("").stderr("");
     Ok(left)
@@ -49,7 +49,7 @@ fn is_killed(end: i32) -> bool {
     matches!(end, 137 | 1009)
 }
 
-fn gone(t: &Test, sandbox: &Left) -> Result<()> {
+pub(crate) fn gone(t: &Test, sandbox: &Left) -> Result<()> {
     t.invoke(&["delete", "--force", t.id()])?.exited(0).stdout("").stderr("");
     sandbox.end()?;
     Ok(())

@@ -4,6 +4,7 @@ use anyhow::Result;
 use kvrun_e2e::Test;
 use serde_json::Value;
 
+pub(crate) mod disks;
 pub(crate) mod hooks;
 pub(crate) mod linux;
 pub(crate) mod mounts;

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
 use kvrun_e2e::{Case, Test, cases};
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
@@ -150,28 +150,11 @@ fn trim_gives_space_of_a_file_back_to_the_host(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// A loop device, gone when dropped.
-pub(super) struct Loop(pub(super) PathBuf);
-
-impl Loop {
-    pub(super) fn over(file: &Path) -> Result<Self> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output()?;
-        ensure!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(Self(String::from_utf8(output.stdout)?.trim_end().into()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
 fn block_device_of_the_host_is_a_disk(t: &Test) -> Result<()> {
     let backing = image(t, 64)?;
     let device = Loop::over(&t.scratch().join("disk"))?;
     let vm = machine(t, 1)?;
-    let open = File::options().read(true).write(true).open(&device.0)?;
+    let open = File::options().read(true).write(true).open(device.path())?;
     let dev = attach(&vm, disk(), &open)?;
     fill_and_trim(&vm, &dev, || {
         open.sync_all()?;

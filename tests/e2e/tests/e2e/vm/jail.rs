@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::trace::Trace;
 use kvrun_e2e::vm::link::{HOST, Link};
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
@@ -14,7 +15,6 @@ use kvrun_e2e::{Case, Test, cases};
 use kvrun_vmm::thread::Class;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
 
-use super::blk::Loop;
 use super::fs::install_program;
 use super::host;
 
@@ -192,7 +192,7 @@ fn on_disks(t: &Test, vm: &Machine) -> Result<()> {
     let in_memory = File::options().read(true).write(true).create_new(true).open(t.scratch().join("disk"))?;
     in_memory.set_len(4 << 20)?;
     let device = Loop::over(&t.scratch().join("disk"))?;
-    let on_device = File::options().read(true).write(true).open(&device.0)?;
+    let on_device = File::options().read(true).write(true).open(device.path())?;
     for image in [&file_on_disk()?, &in_memory, &on_device] {
         vm.attach(FIRST_SLOT, blk(), &[image.as_fd()])?;
         vm.sh(script)?;
