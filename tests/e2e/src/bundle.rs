@@ -104,6 +104,13 @@ pub(crate) fn userland(rootfs: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes files of a directory into a tar archive.
+pub(crate) fn archive(dir: &Path, archive: &Path, files: &[&str]) -> Result<()> {
+    let made = Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(archive).args(files).status()?;
+    ensure!(made.success(), "tar: {made}");
+    Ok(())
+}
+
 /// The defaults of `runc spec`, without a terminal, and with a network namespace of its own.
 fn spec(args: &[&str]) -> Value {
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::bundle::userland;
+use crate::bundle::{self, userland};
 use crate::fixture::Test;
 use crate::process::{Outcome, Running, gone_within};
 use crate::terminal::{Terminal, on_terminal};
@@ -22,6 +22,8 @@ pub const RUNTIME: &str = "io.containerd.kvrun.v2";
 pub const SHIM: &str = "containerd-shim";
 /// Where shims listen, and clients have their FIFOs: fixed by `containerd` and `ctr`.
 const RUN: &str = "/run/containerd";
+/// Its configuration, in the directory of its files.
+const CONFIG: &str = "config.toml";
 
 /// A containerd that runs.
 #[derive(Debug)]
@@ -32,7 +34,7 @@ pub struct Containerd<'a> {
 }
 
 /// Plugins that no test needs: each costs time at the start.
-const UNUSED: [&str; 8] = [
+pub(crate) const UNUSED: [&str; 8] = [
     "io.containerd.internal.v1.tracing",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.btrfs",
@@ -56,8 +58,9 @@ impl<'a> Containerd<'a> {
             "version = 3\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {UNUSED:?}\n\
              [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n"
         );
-        fs::write(dir.join("config.toml"), config)?;
-        let containerd = Self { test, daemon: start(test, &dir)?, dir };
+        let path = dir.join(CONFIG);
+        fs::write(&path, config)?;
+        let containerd = Self { test, daemon: start(test, &path)?, dir };
         let archive = image_archive(&containerd.dir)?;
         containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
         Ok(containerd)
@@ -107,7 +110,7 @@ impl<'a> Containerd<'a> {
     /// When it does not end, or not come up.
     pub fn restart(&mut self) -> Result<()> {
         self.daemon.kill()?;
-        self.daemon = start(self.test, &self.dir)?;
+        self.daemon = start(self.test, &self.dir.join(CONFIG))?;
         Ok(())
     }
 
@@ -145,15 +148,13 @@ pub(crate) fn remove_state(namespace: &str) -> Result<()> {
     Ok(())
 }
 
-/// The path by which a containerd finds our shim.
-pub(crate) fn search_path(test: &Test) -> String {
-    format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display())
-}
-
-fn start(test: &Test, dir: &Path) -> Result<Running> {
+/// Starts a containerd, which finds our shim, with a file of configuration.
+pub(crate) fn start(test: &Test, config: &Path) -> Result<Running> {
     let mut command = Command::new("containerd");
     test.environment(&mut command);
-    command.env("PATH", search_path(test)).arg("--config").arg(dir.join("config.toml"));
+    // Shims are looked for on the path.
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display());
+    command.env("PATH", path).arg("--config").arg(config);
     let daemon = Running::start(&mut command)?.without_input();
     let booted = daemon.stderr.until("successfully booted");
     booted.with_context(|| format!("containerd: {:?}", daemon.stderr))?;
@@ -164,7 +165,7 @@ fn start(test: &Test, dir: &Path) -> Result<Running> {
 fn image_archive(dir: &Path) -> Result<PathBuf> {
     let (root, layer, archive) = (dir.join("image"), dir.join("layer.tar"), dir.join("image.tar"));
     userland(&root)?;
-    tar(&root, &layer, &["."])?;
+    bundle::archive(&root, &layer, &["."])?;
     let sum = Command::new("sha256sum").arg(&layer).output()?;
     let text = String::from_utf8(sum.stdout)?;
     let digest = format!("sha256:{}", text.split(' ').next().unwrap_or_default());
@@ -176,12 +177,6 @@ fn image_archive(dir: &Path) -> Result<PathBuf> {
     fs::write(dir.join("config.json"), config.to_string())?;
     let manifest = json!([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]);
     fs::write(dir.join("manifest.json"), manifest.to_string())?;
-    tar(dir, &archive, &["manifest.json", "config.json", "layer.tar"])?;
+    bundle::archive(dir, &archive, &["manifest.json", "config.json", "layer.tar"])?;
     Ok(archive)
-}
-
-fn tar(dir: &Path, archive: &Path, files: &[&str]) -> Result<()> {
-    let made = Command::new("tar").arg("-C").arg(dir).arg("-cf").arg(archive).args(files).status()?;
-    ensure!(made.success(), "tar: {made}");
-    Ok(())
 }

@@ -2,17 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 use serde_json::json;
 
-use super::{IMAGE, image_archive, output, prepare_network, remove_directories};
-use crate::containerd::{remove_state, search_path};
+use super::{Engine, prepare_network, remove_directories};
+use crate::containerd::{self, remove_state};
 use crate::fixture::Test;
-use crate::process::{Outcome, Running};
-use crate::terminal::{Terminal, on_terminal};
+use crate::process::Running;
 
 /// A docker daemon with its own containerd, both of a test, and its command line.
 #[derive(Debug)]
@@ -23,8 +22,19 @@ pub struct Docker<'a> {
     containerd: Running,
 }
 
+impl Engine for Docker<'_> {
+    const PROGRAM: &'static str = "docker";
+
+    fn prepare(&self, command: &mut Command) {
+        self.test.environment(command);
+        command
+            .env("HOME", &self.dir)
+            .env("DOCKER_HOST", format!("unix://{}", self.dir.join("docker.sock").display()));
+    }
+}
+
 impl<'a> Docker<'a> {
-    /// One that has [`IMAGE`].
+    /// One that has [`IMAGE`](super::IMAGE).
     ///
     /// # Errors
     /// When it does not come up.
@@ -54,70 +64,8 @@ impl<'a> Docker<'a> {
         let daemon = Running::start(&mut command)?.without_input();
         daemon.stderr.until("API listen on").with_context(|| format!("dockerd: {:?}", daemon.stderr))?;
         let docker = Self { test, dir, daemon, containerd };
-        let archive = image_archive(&docker.dir)?;
-        let status = docker.command(&["import", "-", IMAGE]).stdin(archive).stdout(Stdio::null()).status()?;
-        ensure!(status.success(), "docker import: {status}");
+        docker.import_image(&docker.dir)?;
         Ok(docker)
-    }
-
-    /// A docker command.
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("docker");
-        self.environment(&mut command);
-        command.args(args);
-        command
-    }
-
-    fn environment(&self, command: &mut Command) {
-        self.test.environment(command);
-        command
-            .env("HOME", &self.dir)
-            .env("DOCKER_HOST", format!("unix://{}", self.dir.join("docker.sock").display()));
-    }
-
-    /// What a command becomes.
-    ///
-    /// # Errors
-    /// When it cannot be started, or does not end in time.
-    pub fn invoke(&self, args: &[&str]) -> Result<Outcome> {
-        self.start(args)?.without_input().wait()
-    }
-
-    /// What a command says that must succeed.
-    ///
-    /// # Errors
-    /// When it does not.
-    pub fn say(&self, args: &[&str]) -> Result<String> {
-        output(self.command(args))
-    }
-
-    /// A command with its streams on pipes.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn start(&self, args: &[&str]) -> Result<Running> {
-        Running::start(&mut self.command(args))
-    }
-
-    /// A command on a terminal.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn start_on(&self, terminal: &Terminal, args: &[&str]) -> Result<Running> {
-        let mut command = on_terminal("docker");
-        self.environment(&mut command);
-        command.args(args);
-        terminal.attach(command)
-    }
-
-    /// A directory for the test's files.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// What the daemon has said so far.
-    pub fn log(&self) -> String {
-        self.daemon.stderr.text()
     }
 
     /// Removes all containers and ends the daemon.
@@ -138,35 +86,17 @@ impl<'a> Docker<'a> {
     }
 }
 
-/// Plugins of containerd that docker has no use for: each costs time at the start.
-const UNUSED: [&str; 10] = [
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.internal.v1.tracing",
-    "io.containerd.nri.v1.nri",
-    "io.containerd.snapshotter.v1.blockfile",
-    "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper",
-    "io.containerd.snapshotter.v1.zfs",
-    "io.containerd.tracing.processor.v1.otlp",
-];
+/// Plugins of containerd that only docker has no use for.
+const UNUSED: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.blockfile"];
 
 /// The daemon starts one itself if it is told of none, but gives that 15 s, which the lab does not always keep.
 fn containerd(test: &Test, dir: &Path) -> Result<Running> {
     let (path, here) = (dir.join("containerd.toml"), dir.display());
+    let disabled = [&containerd::UNUSED[..], &UNUSED].concat();
     let config = format!(
         "version = 3\nroot = \"{here}/containerd\"\nstate = \"{here}/containerd-state\"\n\
-         disabled_plugins = {UNUSED:?}\n[grpc]\naddress = \"{here}/containerd.sock\"\n"
+         disabled_plugins = {disabled:?}\n[grpc]\naddress = \"{here}/containerd.sock\"\n"
     );
     fs::write(&path, config)?;
-    let mut command = Command::new("containerd");
-    test.environment(&mut command);
-    command.env("PATH", search_path(test)).arg("--config").arg(&path);
-    let containerd = Running::start(&mut command)?.without_input();
-    containerd
-        .stderr
-        .until("successfully booted")
-        .with_context(|| format!("containerd: {:?}", containerd.stderr))?;
-    Ok(containerd)
+    containerd::start(test, &path)
 }

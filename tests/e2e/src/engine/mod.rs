@@ -9,40 +9,91 @@ mod podman;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
 pub use self::docker::Docker;
 pub use self::podman::Podman;
-use crate::bundle::userland;
+use crate::bundle::{archive, userland};
 use crate::netns;
-use crate::process::Running;
+use crate::process::{Outcome, Running};
+use crate::terminal::{Terminal, on_terminal};
 
 /// The image that every engine of a test has: busybox and nothing else.
 pub const IMAGE: &str = "localhost/busybox";
 
-/// Writes the image's files as a tar archive into a directory.
-fn image_archive(dir: &Path) -> Result<File> {
-    let (root, archive) = (dir.join("image"), dir.join("image.tar"));
-    userland(&root)?;
-    let mut tar = Command::new("tar");
-    tar.arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".");
-    let output = tar.output().context("cannot run tar")?;
-    ensure!(output.status.success(), "tar: {}", String::from_utf8_lossy(&output.stderr));
-    File::open(&archive).context("no archive")
+/// An engine, by its command line.
+pub trait Engine {
+    /// Its program.
+    const PROGRAM: &'static str;
+
+    /// Has a command speak with this engine and no other.
+    fn prepare(&self, command: &mut Command);
+
+    /// A command of it.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(Self::PROGRAM);
+        self.prepare(&mut command);
+        command.args(args);
+        command
+    }
+
+    /// What a command becomes.
+    ///
+    /// # Errors
+    /// When it cannot be started, or does not end in time.
+    fn invoke(&self, args: &[&str]) -> Result<Outcome> {
+        self.start(args)?.without_input().wait()
+    }
+
+    /// What a command says that must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    fn say(&self, args: &[&str]) -> Result<String> {
+        let said = self.invoke(args)?;
+        ensure!(said.status.success(), "{} {args:?}: {said}", Self::PROGRAM);
+        Ok(said.text())
+    }
+
+    /// A command with its streams on pipes.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    fn start(&self, args: &[&str]) -> Result<Running> {
+        Running::start(&mut self.command(args))
+    }
+
+    /// A command on a terminal.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    fn start_on(&self, terminal: &Terminal, args: &[&str]) -> Result<Running> {
+        let mut command = on_terminal(Self::PROGRAM);
+        self.prepare(&mut command);
+        command.args(args);
+        terminal.attach(command)
+    }
+
+    /// Gives it [`IMAGE`], whose files come to be in a directory.
+    ///
+    /// # Errors
+    /// When it refuses.
+    fn import_image(&self, dir: &Path) -> Result<()> {
+        let (root, path) = (dir.join("image"), dir.join("image.tar"));
+        userland(&root)?;
+        archive(&root, &path, &["."])?;
+        let mut import = self.command(&["import", "-", IMAGE]);
+        let status = import.stdin(File::open(&path)?).stdout(Stdio::null()).status()?;
+        ensure!(status.success(), "{} import: {status}", Self::PROGRAM);
+        Ok(())
+    }
 }
 
 /// Makes the test's own network namespace one in which engines work.
 fn prepare_network() -> Result<()> {
     netns::run("ip link set lo up").map(drop)
-}
-
-/// What an engine's command says when it must succeed.
-fn output(mut command: Command) -> Result<String> {
-    let said = Running::start(&mut command)?.without_input().wait()?;
-    ensure!(said.status.success(), "{command:?}: {said}");
-    Ok(said.text())
 }
 
 /// Removes what engines themselves keep in `/run` as long as the host runs.

@@ -4,13 +4,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::{IMAGE, image_archive, output, prepare_network, remove_directories, remove_if_there};
+use super::{Engine, prepare_network, remove_directories, remove_if_there};
 use crate::fixture::Test;
-use crate::process::{Outcome, Running};
-use crate::terminal::{Terminal, on_terminal};
 
 /// A podman whose storage, network and containers belong to a test. Dropped, all of it is gone.
 #[derive(Debug)]
@@ -19,8 +17,21 @@ pub struct Podman<'a> {
     dir: PathBuf,
 }
 
+impl Engine for Podman<'_> {
+    const PROGRAM: &'static str = "podman";
+
+    fn prepare(&self, command: &mut Command) {
+        self.test.environment(command);
+        command
+            .env("HOME", &self.dir)
+            .env("TMPDIR", &self.dir)
+            .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
+            .env("CONTAINERS_STORAGE_CONF", self.dir.join("storage.conf"));
+    }
+}
+
 impl<'a> Podman<'a> {
-    /// One that has [`IMAGE`].
+    /// One that has [`IMAGE`](super::IMAGE).
     ///
     /// # Errors
     /// When podman refuses.
@@ -29,10 +40,7 @@ impl<'a> Podman<'a> {
         let podman = Self { test, dir: test.scratch().join("podman") };
         fs::create_dir_all(&podman.dir)?;
         podman.configure()?;
-        let archive = image_archive(&podman.dir)?;
-        let mut import = podman.command(&["import", "-", IMAGE]);
-        let status = import.stdin(archive).stdout(std::process::Stdio::null()).status()?;
-        ensure!(status.success(), "podman import: {status}");
+        podman.import_image(&podman.dir)?;
         Ok(podman)
     }
 
@@ -51,58 +59,6 @@ impl<'a> Podman<'a> {
             "[storage]\ndriver = \"overlay\"\ngraphroot = \"{dir}/storage\"\nrunroot = \"{dir}/run\"\n"
         );
         fs::write(self.dir.join("storage.conf"), storage).context("cannot write storage.conf")
-    }
-
-    /// A podman command.
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("podman");
-        self.environment(&mut command);
-        command.args(args);
-        command
-    }
-
-    fn environment(&self, command: &mut Command) {
-        self.test.environment(command);
-        command
-            .env("HOME", &self.dir)
-            .env("TMPDIR", &self.dir)
-            .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
-            .env("CONTAINERS_STORAGE_CONF", self.dir.join("storage.conf"));
-    }
-
-    /// What a command becomes.
-    ///
-    /// # Errors
-    /// When it cannot be started, or does not end in time.
-    pub fn invoke(&self, args: &[&str]) -> Result<Outcome> {
-        self.start(args)?.without_input().wait()
-    }
-
-    /// What a command says that must succeed.
-    ///
-    /// # Errors
-    /// When it does not.
-    pub fn say(&self, args: &[&str]) -> Result<String> {
-        output(self.command(args))
-    }
-
-    /// A command with its streams on pipes.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn start(&self, args: &[&str]) -> Result<Running> {
-        Running::start(&mut self.command(args))
-    }
-
-    /// A command on a terminal.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn start_on(&self, terminal: &Terminal, args: &[&str]) -> Result<Running> {
-        let mut command = on_terminal("podman");
-        self.environment(&mut command);
-        command.args(args);
-        terminal.attach(command)
     }
 
     /// A directory for the test's files.

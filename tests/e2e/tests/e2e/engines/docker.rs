@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use kvrun_e2e::engine::{Docker, IMAGE};
+use kvrun_e2e::engine::{Docker, Engine, IMAGE};
 use kvrun_e2e::{Case, Running, Terminal, Test, cases};
 
 use super::{SERVICE, SERVICE_OPTIONS, is_a_guests_kernel, is_served, run_with_options, words};

@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use kvrun_e2e::engine::{IMAGE, Podman};
+use kvrun_e2e::engine::{Engine, IMAGE, Podman};
 use kvrun_e2e::{Case, Terminal, Test, cases};
 use serde_json::Value;
 
