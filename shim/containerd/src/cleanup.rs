@@ -7,7 +7,7 @@ use containerd_shim::Flags;
 use containerd_shim::protos::api::DeleteResponse;
 use containerd_shim::protos::protobuf::MessageField;
 use kvrun_pod::container_id::ContainerId;
-use kvrun_pod::network::{self, NetworkNamespace};
+use kvrun_pod::network;
 use kvrun_pod::record::Record;
 use kvrun_pod::state_dir::{self, ContainerDir, StateError};
 use rustix::process::Signal;
@@ -53,11 +53,8 @@ pub(crate) fn delete(flags: &Flags) -> Result<DeleteResponse, Error> {
 
 /// Gives back what the pod's machine had of the host's network.
 fn release_network(record: &Record) {
-    // If the namespace is gone, so are its links.
-    let Some(namespace) = record.network.as_ref().and_then(|path| NetworkNamespace::open(path).ok()) else {
-        return;
-    };
-    if let Err(error) = network::release(&namespace) {
+    let Some(path) = &record.network else { return };
+    if let Err(error) = network::release(path) {
         // Containerd logs what the action says on standard error.
         eprintln!("give the pod's network namespace back: {}", kvrun_pod::text::chain(&error));
     }

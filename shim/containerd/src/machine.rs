@@ -103,11 +103,7 @@ impl Machine {
 
     /// Takes a container's files away, which nothing in the guest uses any more.
     pub(crate) async fn forget(&self, place: &Place, bundle: &Bundle) {
-        self.share.remove(place, bundle);
-        // Else what the guest remembers of them keeps them open here, and their file systems with them.
-        if let Err(error) = self.vm.or_death(self.vm.agent().forget_directory(&place.in_guest())).await {
-            tracing::debug!(%error, "have the guest forget a container's files");
-        }
+        self.vm.take_from_share(&self.share, place, bundle).await;
     }
 }
 

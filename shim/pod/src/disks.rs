@@ -14,7 +14,6 @@ use kvrun_vmm_api::config::MAX_BLK_QUEUES;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, makedev, openat};
-use rustix::io::Errno;
 
 use crate::pod::{Pod, PodError};
 
@@ -171,8 +170,10 @@ async fn attach_one(
         return Err(PodError::from(error).into());
     }
     let bound = pod.or_death(pod.agent.bind_slot(slot)).await;
-    let bound = bound.map_err(DiskError::from);
-    match bound.and_then(|bound| bound.ok_or_else(|| DiskError::Missing { path: path() })) {
+    match bound
+        .map_err(DiskError::from)
+        .and_then(|bound| bound.ok_or_else(|| DiskError::Missing { path: path() }))
+    {
         Ok(bound) => {
             let in_guest = (bound.major.into(), bound.minor.into());
             disks.insert(numbers, Disk { slot, read_only, in_guest, containers: 1 });
@@ -206,7 +207,7 @@ fn open((major, minor): Numbers, writable: bool) -> io::Result<(OwnedFd, bool)> 
         }
         _ => (open(OFlags::RDONLY)?, true),
     };
-    let stat = fstat(&file).map_err(|error: Errno| io::Error::from(error))?;
+    let stat = fstat(&file)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice
         || stat.st_rdev != makedev(numbers.0, numbers.1)
     {

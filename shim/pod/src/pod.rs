@@ -17,11 +17,12 @@ use ttrpc::Code;
 
 use crate::agent::{Agent, AgentError};
 use crate::assets::Assets;
+use crate::bundle::Bundle;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
 use crate::disks::{self, Disks};
 use crate::process::Process;
-use crate::share::{GUEST_SHARE_DIR, SHARE_TAG};
+use crate::share::{GUEST_SHARE_DIR, Place, SHARE_TAG, Share};
 use crate::size::VmSize;
 use crate::stdio::{Copying, Planned, Stdio, Streams, Wanted};
 use crate::sys;
@@ -333,6 +334,15 @@ impl Pod {
     /// The agent in it.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Takes files away that no process of the guest uses any more.
+    pub async fn take_from_share(&self, share: &Share, place: &Place, bundle: &Bundle) {
+        share.remove(place, bundle);
+        // Else what the guest remembers of them keeps them open here, and their file systems with them.
+        if let Err(error) = self.or_death(self.agent.forget_directory(&place.in_guest())).await {
+            tracing::debug!(%error, "have the guest forget a container's files");
+        }
     }
 
     /// Ends the machine: in order if the guest answers within 2 s, and in any case within another second.

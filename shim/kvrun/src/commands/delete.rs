@@ -65,9 +65,7 @@ pub(crate) fn delete(global: &Global, id: &str, force: bool, log: &Log) -> Resul
 /// Gives back what the container's machine had of the host's network, if its monitor was killed before it could.
 fn release_network(record: &Record) {
     let Some(path) = &record.network else { return };
-    // With the namespace, everything is gone.
-    let Ok(namespace) = NetworkNamespace::open(path) else { return };
-    if let Err(error) = network::release(&namespace) {
+    if let Err(error) = network::release(path) {
         let error = kvrun_pod::text::chain(&error);
         tracing::warn!(path = %path.display(), error, "give the network namespace back");
     }

@@ -33,7 +33,7 @@ use kvrun_pod::network::{self, Identity, NetworkNamespace};
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::{Place, Share, Trees};
+use kvrun_pod::share::{Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
@@ -301,7 +301,7 @@ impl Monitor {
         let (process, streams) = match created.await {
             Ok(created) => created,
             Err(error) => {
-                self.take_from_share(&place, &bundle).await;
+                self.pod.take_from_share(&self.share, &place, &bundle).await;
                 return Err(error);
             }
         };
@@ -351,19 +351,9 @@ impl Monitor {
         let mut removed = container.removed.lock().await;
         let Some(place) = container.place.as_ref().filter(|_| !*removed) else { return };
         container.process.delete().await;
-        self.take_from_share(place, &container.bundle).await;
+        self.pod.take_from_share(&self.share, place, &container.bundle).await;
         self.containers().remove(&container.record().id);
         *removed = true;
-    }
-
-    /// Takes files away that no process of the guest uses any more.
-    async fn take_from_share(&self, place: &Place, bundle: &Bundle) {
-        self.share.remove(place, bundle);
-        // Else what the guest remembers of them keeps them open here, and their file systems with them.
-        let path = place.in_guest();
-        if let Err(error) = self.pod.or_death(self.pod.agent().forget_directory(&path)).await {
-            tracing::debug!(%error, "have the guest forget a container's files");
-        }
     }
 
     /// Waits for the end of the process of a further container, writes it down, and takes the container away.

@@ -22,7 +22,7 @@ mod tap;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvrun_agent_api::agent::SetUpNetworkRequest;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
@@ -178,11 +178,13 @@ impl Drop for Network {
     }
 }
 
-/// Gives the links of a namespace back that a machine had which was killed with its engine. Not if another one has them meanwhile.
+/// Gives the links of the namespace at a path back that a machine had which was killed with its engine. Not if another one has them meanwhile;
+/// and if the namespace is gone, so are they.
 ///
 /// # Errors
 /// [`NetworkError`].
-pub fn release(namespace: &NetworkNamespace) -> Result<(), NetworkError> {
+pub fn release(path: &Path) -> Result<(), NetworkError> {
+    let Ok(namespace) = NetworkNamespace::open(path) else { return Ok(()) };
     let release = || -> Result<(), NetworkError> {
         let (mut netlink, lists) = look()?;
         let scan = match Scan::of(&lists, &[]) {

@@ -343,10 +343,11 @@ impl Transport {
         if !self.has(VIRTIO_CONFIG_S_FEATURES_OK) {
             return;
         }
+        let live = self.has(VIRTIO_CONFIG_S_DRIVER_OK);
         let Some(QueueRegisters { config, .. }) = self.queues.get_mut(self.queue_select as usize) else {
             return;
         };
-        if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+        if live {
             if offset == reg::QUEUE_READY && value & 1 == 0 && config.ready {
                 config.ready = false;
                 self.device.reset();
