@@ -1,13 +1,14 @@
 //! Network links of the guest: names, addresses, routes, neighbours, as the engine wants them.
 //!
-//! [`plan`] checks what is asked for, this file has the kernel do it by way of [`netlink`].
+//! [`plan`] checks what is asked for, this file has the kernel do it by way of [`Netlink`].
 
-mod netlink;
 pub mod plan;
 
 use std::io;
 use std::net::IpAddr;
 
+use kvrun_netlink::Netlink;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{
@@ -19,7 +20,6 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::net::{SocketType, netdevice, socket};
 
-use self::netlink::Netlink;
 use self::plan::{Interface, Neighbor, Plan, Prefix, Route};
 use crate::slots::{SlotError, Slots};
 
@@ -86,7 +86,12 @@ fn request(
     message: RouteNetlinkMessage,
     what: impl FnOnce() -> String,
 ) -> Result<(), NetworkError> {
-    netlink.set(message).map_err(|source| NetworkError::Refused { what: what(), source })
+    // Made, or changed to be like it. A link is only ever changed.
+    let make = match message {
+        RouteNetlinkMessage::SetLink(_) => 0,
+        _ => NLM_F_CREATE | NLM_F_REPLACE,
+    };
+    netlink.change(message, make).map_err(|source| NetworkError::Refused { what: what(), source })
 }
 
 /// The number of an interface.

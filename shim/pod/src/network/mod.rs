@@ -10,12 +10,10 @@
 //! * [`scan`] - what is in one.
 //! * [`tap`] - tap devices.
 //! * [`redirect`] - the traffic control.
-//! * [`netlink`] - how the kernel is asked.
 //!
 //! The engines and the kernel of the host are trusted; nothing here reads what a guest has written.
 
 mod namespace;
-mod netlink;
 mod redirect;
 mod scan;
 mod tap;
@@ -25,6 +23,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kvrun_agent_api::agent::SetUpNetworkRequest;
+use kvrun_netlink::Netlink;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
@@ -34,7 +33,6 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
 pub use self::namespace::{Identity, NetworkNamespace, enter_new};
-use self::netlink::Netlink;
 use self::scan::{Link, Lists, Scan};
 pub use self::tap::{Tap, open_tap, open_vhost};
 use crate::pod::{Pod, PodError, Slots};

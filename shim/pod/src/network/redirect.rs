@@ -2,6 +2,7 @@
 
 use std::io;
 
+use kvrun_netlink::Netlink;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{
@@ -9,8 +10,6 @@ use netlink_packet_route::tc::{
     TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror, TcOption,
 };
 use rustix::io::Errno;
-
-use super::netlink::Netlink;
 
 /// By which our filters are known, and come after those of others, who may drop packets: "kv".
 const PRIORITY: u16 = 0x6b76;

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kvrun_agent_api::agent as api;
+use kvrun_netlink::Netlink;
 use kvrun_vmm_api::config::{MAX_NET_MTU, MIN_NET_MTU};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
@@ -16,7 +17,6 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::netlink::Netlink;
 use super::{NetworkError, TAP_PREFIX};
 
 /// What a namespace has.

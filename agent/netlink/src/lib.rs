@@ -1,4 +1,6 @@
-//! Requests to the host kernel's routing subsystem, one at a time (rtnetlink(7)).
+//! Requests to the kernel's routing subsystem, one at a time (rtnetlink(7)): of the guest's by the agent, of the host's by the pod engine.
+
+#![forbid(unsafe_code)]
 
 use std::io;
 
@@ -13,7 +15,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 const ATTEMPTS: u32 = 16;
 
 /// A socket to the routing subsystem of the network namespace it was made in.
-pub(super) struct Netlink {
+pub struct Netlink {
     socket: Socket,
     sequence: u32,
 }
@@ -23,7 +25,7 @@ impl Netlink {
     ///
     /// # Errors
     /// As socket(2).
-    pub(super) fn open() -> io::Result<Self> {
+    pub fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         Ok(Self { socket, sequence: 0 })
@@ -33,7 +35,7 @@ impl Netlink {
     ///
     /// # Errors
     /// What the kernel says.
-    pub(super) fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    pub fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.send(message, flags | NLM_F_ACK)?;
         loop {
             for answer in self.receive()? {
@@ -48,7 +50,7 @@ impl Netlink {
     ///
     /// # Errors
     /// What the kernel says.
-    pub(super) fn list(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    pub fn list(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         // Linux Documentation/userspace-api/netlink/intro.rst, "NLM_F_DUMP_INTR": what was read may contradict itself.
         for _ in 0..ATTEMPTS {
             if let Some(list) = self.try_list(message.clone())? {
