@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use kvrun_agent_api::agent::GetInfoRequest;
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use kvrun_agent_api::{READY_PORT, RPC_PORT};
-use kvrun_pod::pod::{KERNEL_CMDLINE, SLOTS};
+use kvrun_pod::pod;
+use kvrun_pod::size::VmSize;
 use kvrun_pod::vmm::Vmm;
+use kvrun_vmm_api::VcpuConfig;
 use kvrun_vmm_api::control::BOOT_MARK_INIT;
-use kvrun_vmm_api::{VcpuConfig, VmConfig};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::report::Report;
@@ -51,14 +52,7 @@ async fn boot(stage: &Stage) -> Result<Boot> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm").context("cannot open /dev/kvm")?;
     let kernel = File::open(&stage.kernel).context("cannot open the kernel image")?;
     let initramfs = File::open(&stage.initramfs).context("cannot open the initramfs")?;
-    let config = VmConfig {
-        memory_mib: MEMORY_MIB,
-        hotplug_mib: 0,
-        vcpus: VcpuConfig { boot: 1, max: 1 },
-        cmdline: KERNEL_CMDLINE.to_owned(),
-        slots: SLOTS,
-        vsock_listen: vec![READY_PORT],
-    };
+    let config = pod::machine(VmSize { memory_mib: MEMORY_MIB, vcpus: VcpuConfig { boot: 1, max: 1 } });
 
     let spawned = now_ns();
     let vmm = Vmm::spawn(&stage.vmm, None)?;

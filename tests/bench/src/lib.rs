@@ -1,7 +1,9 @@
-//! What the bench and its program in the guest say to each other.
+//! What the bench and its program in the guest say to each other, and how both [`copy`].
 //!
 //! The guest connects to [`CONTROL_PORT`] of the host over vsock. From there it is sent a [`Job`] a line, in JSON, and answers each with a
 //! line that holds an [`Answer`].
+
+pub mod copy;
 
 use std::net::Ipv4Addr;
 

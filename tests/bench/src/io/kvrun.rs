@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kvrun_bench::{CONTROL_PORT, Job, SHARE_TAG, STREAM_PORT};
 use kvrun_pod::network::open_vhost;
-use kvrun_pod::pod::{KERNEL_CMDLINE, SLOTS};
+use kvrun_pod::pod;
+use kvrun_pod::size::VmSize;
 use kvrun_pod::vmm::Vmm;
 use kvrun_vmm_api::config::FIRST_FREE_SLOT;
 use kvrun_vmm_api::{DeviceConfig, FsCache, RateLimit, VcpuConfig, VmConfig};
@@ -47,14 +48,8 @@ pub(super) fn start(setup: &Setup<'_>, runtime: &Rc<Runtime>) -> Result<(Kvrun, 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").context("cannot open /dev/kvm")?;
         let kernel = File::open(&stage.kernel).context("cannot open the kernel image")?;
         let initramfs = File::open(initramfs).context("cannot open the guest's initramfs")?;
-        let config = VmConfig {
-            memory_mib: MEMORY_MIB,
-            hotplug_mib: 0,
-            vcpus: VcpuConfig { boot: 1, max: 1 },
-            cmdline: KERNEL_CMDLINE.to_owned(),
-            slots: SLOTS,
-            vsock_listen: vec![CONTROL_PORT],
-        };
+        let size = VmSize { memory_mib: MEMORY_MIB, vcpus: VcpuConfig { boot: 1, max: 1 } };
+        let config = VmConfig { vsock_listen: vec![CONTROL_PORT], ..pod::machine(size) };
         let vmm = Vmm::spawn(&stage.vmm, Some(share.as_fd()))?;
         let control = vmm.expect(CONTROL_PORT);
         vmm.boot(config, kvm.as_fd(), kernel.as_fd(), initramfs.as_fd())?.running().await?;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Result, ensure};
-use kvrun_bench::{Job, Stream};
+use kvrun_bench::{Job, Stream, copy};
 use rustix::net::{Shutdown, shutdown};
 
 /// Bytes of a write and of a read.
@@ -28,13 +28,7 @@ pub(super) fn start(job: &Job, stream: OwnedFd) -> JoinHandle<Result<()>> {
 
 fn read(mut stream: File, work: Stream) -> Result<()> {
     let mut chunk = vec![0; CHUNK];
-    let mut received = 0;
-    loop {
-        match stream.read(&mut chunk)? {
-            0 => break,
-            count => received += count,
-        }
-    }
+    let received = copy::read(&mut stream, &mut chunk)?;
     ensure!(received == work.bytes, "received {received} of {} bytes", work.bytes);
     Ok(stream.write_all(&[0])?)
 }
@@ -42,12 +36,7 @@ fn read(mut stream: File, work: Stream) -> Result<()> {
 fn write(mut stream: File, work: Stream) -> Result<()> {
     let chunk = vec![0x5a; CHUNK];
     stream.read_exact(&mut [0])?;
-    let mut left = work.bytes;
-    while left > 0 {
-        let now = left.min(CHUNK);
-        stream.write_all(&chunk[..now])?;
-        left -= now;
-    }
+    copy::write(&mut stream, work.bytes, &chunk)?;
     shutdown(&stream, Shutdown::Write)?;
     // Closed by the guest first: nothing is thrown away on the way.
     ensure!(stream.read(&mut [0])? == 0, "the guest sent too much");

@@ -1,12 +1,13 @@
 //! Files of the share.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use kvrun_bench::copy;
 
 use crate::SHARE;
 
@@ -22,12 +23,7 @@ pub(crate) fn write(bytes: usize) -> Result<Duration> {
     let chunk = vec![0x5a; CHUNK];
     let started = Instant::now();
     let mut file = File::create(data())?;
-    let mut left = bytes;
-    while left > 0 {
-        let now = left.min(CHUNK);
-        file.write_all(&chunk[..now])?;
-        left -= now;
-    }
+    copy::write(&mut file, bytes, &chunk)?;
     drop(file);
     Ok(started.elapsed())
 }
@@ -38,13 +34,7 @@ pub(crate) fn read(bytes: usize) -> Result<Duration> {
     forget("1")?;
     let started = Instant::now();
     let mut file = File::open(data())?;
-    let mut received = 0;
-    loop {
-        match file.read(&mut chunk)? {
-            0 => break,
-            count => received += count,
-        }
-    }
+    let received = copy::read(&mut file, &mut chunk)?;
     let took = started.elapsed();
     ensure!(received == bytes, "read {received} bytes of {bytes}");
     Ok(took)

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use kvrun_bench::{STREAM_PORT, Stream};
+use kvrun_bench::{STREAM_PORT, Stream, copy};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, listen, socket,
 };
@@ -48,12 +48,7 @@ pub(crate) fn send(listeners: &Listeners, Stream { tcp, bytes }: Stream) -> Resu
     let mut stream = listeners.accept(tcp)?;
     let chunk = vec![0x5a; CHUNK];
     let started = Instant::now();
-    let mut left = bytes;
-    while left > 0 {
-        let now = left.min(CHUNK);
-        stream.write_all(&chunk[..now])?;
-        left -= now;
-    }
+    copy::write(&mut stream, bytes, &chunk)?;
     shutdown(&stream, Shutdown::Write)?;
     stream.read_exact(&mut [0])?;
     Ok(started.elapsed())
@@ -65,13 +60,7 @@ pub(crate) fn receive(listeners: &Listeners, Stream { tcp, bytes }: Stream) -> R
     let mut chunk = vec![0; CHUNK];
     let started = Instant::now();
     stream.write_all(&[0])?;
-    let mut received = 0;
-    loop {
-        match stream.read(&mut chunk)? {
-            0 => break,
-            count => received += count,
-        }
-    }
+    let received = copy::read(&mut stream, &mut chunk)?;
     let took = started.elapsed();
     ensure!(received == bytes, "received {received} bytes of {bytes}");
     Ok(took)
