@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use kvrun_agent_api::GUEST_CONTAINERS_DIR;
-use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::ContainerId;
 use crate::cgroup::{Cgroup, CgroupPathError};
+use crate::oci::mount_options::MountOptions;
 
 /// Why a config is refused.
 #[derive(Debug, thiserror::Error)]
@@ -78,17 +79,13 @@ impl ContainerSpec {
 
     /// The sources of its bind mounts.
     pub(super) fn binds(&self) -> Vec<PathBuf> {
-        let is_bind = |mount: &&Mount| {
-            let mut options = mount.options().iter().flatten();
-            mount.typ().as_deref() == Some("bind")
-                || options.any(|option| matches!(option.as_str(), "bind" | "rbind"))
-        };
-        self.spec
-            .mounts()
-            .iter()
-            .flatten()
-            .filter(is_bind)
-            .filter_map(|mount| mount.source().clone())
+        // One whose options are no good is refused when it is made.
+        let is_bind =
+            |index, mount| MountOptions::parse(index, mount).is_ok_and(|options| options.bind.is_some());
+        let mounts = self.spec.mounts().iter().flatten().enumerate();
+        mounts
+            .filter(|(index, mount)| is_bind(*index, mount))
+            .filter_map(|(_, mount)| mount.source().clone())
             .collect()
     }
 }

@@ -109,22 +109,17 @@ pub fn bound(spec: &Spec) -> Result<Vec<Bound>, SetupError> {
             // At its own path, or at that of a default device with another name.
             let default = DEFAULT.iter().find(|(_, major, minor)| makedev(*major, *minor) == node.number);
             let disk = disk(&node);
-            let path =
-                [Some(node.path.as_path()), default.map(|(path, ..)| Path::new(*path)), disk.as_deref()]
-                    .into_iter()
-                    .flatten()
-                    .find(|path| path.starts_with("/dev") && find(path))
-                    .map(Path::to_owned)
-                    .ok_or_else(|| {
-                        SetupError::field(
-                            &node.field,
-                            format!(
-                                "({}) cannot be made in a {} namespace, and the guest has no such device",
-                                node.path.display(),
-                                LinuxNamespaceType::User,
-                            ),
-                        )
-                    })?;
+            let candidates =
+                [Some(node.path.as_path()), default.map(|(path, ..)| Path::new(*path)), disk.as_deref()];
+            let found = candidates.into_iter().flatten().find(|path| path.starts_with("/dev") && find(path));
+            let path = found.map(Path::to_owned).ok_or_else(|| {
+                let problem = format!(
+                    "({}) cannot be made in a {} namespace, and the guest has no such device",
+                    node.path.display(),
+                    LinuxNamespaceType::User,
+                );
+                SetupError::field(&node.field, problem)
+            })?;
             let tree =
                 clone_file(&path).map_err(system(format!("{}: clone {}", node.field, path.display())))?;
             Ok(Bound { node, tree })
