@@ -3,6 +3,7 @@
 //! A driver may cut a packet into descriptors wherever it likes (virtio 1.3 s2.7.4): the header may be split, the data
 //! scattered. [`Buffers`] is what a chain covers of guest memory; data never leaves it but by system call.
 
+use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use crate::devices::virtio::queue::Chain;
@@ -91,25 +92,8 @@ impl Header {
 /// What a chain covers of guest memory, in order.
 ///
 /// A packet as Linux makes it is one or two pieces of memory, and a busy stream is many packets: so few take no memory of their own.
-#[derive(Clone, Debug)]
-pub(super) struct Buffers<'m> {
-    /// All slices, while `many` is empty.
-    few: [VolatileSlice<'m>; FEW],
-    /// How many of `few` count.
-    count: usize,
-    /// All slices, once they have been more than `few` holds.
-    many: Vec<VolatileSlice<'m>>,
-}
-
-/// Header and data.
-const FEW: usize = 2;
-
-impl Default for Buffers<'_> {
-    fn default() -> Self {
-        let none = || VolatileSlice::from(&mut [][..]);
-        Self { few: [none(), none()], count: 0, many: Vec::new() }
-    }
-}
+#[derive(Clone, Debug, Default)]
+pub(super) struct Buffers<'m>(SmallVec<[VolatileSlice<'m>; 2]>);
 
 impl<'m> Buffers<'m> {
     /// All buffers of a chain, which must all be writable or all readable. The error says what is wrong with it.
@@ -119,7 +103,7 @@ impl<'m> Buffers<'m> {
         queue_size: u16,
         writable: bool,
     ) -> Result<Self, &'static str> {
-        let mut all = Self::default();
+        let mut slices = SmallVec::new();
         let mut count = 0;
         let mut complete = false;
         for descriptor in chain {
@@ -132,7 +116,7 @@ impl<'m> Buffers<'m> {
                 return Err("buffer is in the wrong direction");
             }
             for slice in mem.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                all.push(slice.map_err(|_| "buffer is outside memory")?);
+                slices.push(slice.map_err(|_| "buffer is outside memory")?);
             }
             complete = !descriptor.has_next();
         }
@@ -140,32 +124,17 @@ impl<'m> Buffers<'m> {
         if !complete {
             return Err("descriptor chain is broken");
         }
-        Ok(all)
+        Ok(Self(slices))
     }
 
     /// None yet, but soon so many.
     pub(super) fn expecting(count: usize) -> Self {
-        Self { many: Vec::with_capacity(count), ..Self::default() }
-    }
-
-    fn push(&mut self, slice: VolatileSlice<'m>) {
-        if self.many.is_empty() && self.count < FEW {
-            self.few[self.count] = slice;
-            self.count += 1;
-            return;
-        }
-        self.many.extend_from_slice(&self.few[..self.count]);
-        self.count = 0;
-        self.many.push(slice);
-    }
-
-    fn slices_mut(&mut self) -> &mut [VolatileSlice<'m>] {
-        if self.many.is_empty() { &mut self.few[..self.count] } else { &mut self.many }
+        Self(SmallVec::with_capacity(count))
     }
 
     /// The slices, for a system call.
     pub(super) fn slices(&self) -> &[VolatileSlice<'m>] {
-        if self.many.is_empty() { &self.few[..self.count] } else { &self.many }
+        &self.0
     }
 
     /// Length in bytes; a chain covers less than 2^32.
@@ -176,7 +145,7 @@ impl<'m> Buffers<'m> {
     /// Leaves out the first `count` bytes; all of them if there are fewer.
     pub(super) fn skip(&mut self, mut count: usize) {
         let mut whole = 0;
-        for slice in self.slices_mut() {
+        for slice in &mut self.0 {
             if slice.len() > count {
                 if let Ok(rest) = slice.offset(count) {
                     *slice = rest;
@@ -186,18 +155,13 @@ impl<'m> Buffers<'m> {
             count -= slice.len();
             whole += 1;
         }
-        if self.many.is_empty() {
-            self.few.copy_within(whole..self.count, 0);
-            self.count -= whole;
-        } else {
-            self.many.drain(..whole);
-        }
+        self.0.drain(..whole);
     }
 
     /// Leaves out what is beyond the first `count` bytes.
     pub(super) fn truncate(&mut self, mut count: usize) {
         let mut kept = 0;
-        for slice in self.slices_mut() {
+        for slice in &mut self.0 {
             if count == 0 {
                 break;
             }
@@ -209,13 +173,12 @@ impl<'m> Buffers<'m> {
             count -= slice.len();
             kept += 1;
         }
-        self.many.truncate(kept);
-        self.count = self.count.min(kept);
+        self.0.truncate(kept);
     }
 
     /// Adds the slices of `other` behind its own.
     pub(super) fn append(&mut self, other: &Self) {
-        other.slices().iter().for_each(|&slice| self.push(slice));
+        self.0.extend_from_slice(other.slices());
     }
 
     /// Copies from the front.
