@@ -113,7 +113,7 @@ mod tests {
             // Many at once: their signals coalesce.
             let exits: Vec<_> = (0..40).map(|code| (code, spawn(&format!("exit {code}")))).collect();
             let killed: Vec<_> =
-                [1, 9, 15, 34, 64].map(|n| (n, spawn(&format!("kill -{n} $$; sleep 9")))).into();
+                [9, 10, 15, 34, 64].map(|n| (n, spawn(&format!("kill -{n} $$; sleep 9")))).into();
             // Nobody waits for this one: it must not stay a zombie.
             let forgotten = Command::new("sh").args(["-c", "exit 0"]).spawn().unwrap().id() as i32;
             for (code, exit) in exits {
