@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +15,10 @@ use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
-    GetInfoResponse, ListProcessesResponse, MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest,
-    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
-    UpdateContainerRequest, WaitProcessResponse,
+    GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, Names,
+    ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest,
+    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, UpdateContainerRequest,
+    WaitProcessResponse, look_at_proc_response,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -29,6 +30,7 @@ use ttrpc::{Code, get_status};
 use crate::cgroup::limits::{self, LimitError};
 use crate::cgroup::stats;
 use crate::container::list::list;
+use crate::container::own_proc::{self, Entry};
 use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
@@ -331,6 +333,26 @@ impl Agent for AgentService {
             })
             .collect();
         Ok(response)
+    }
+
+    async fn look_at_proc(
+        &self,
+        _: &TtrpcContext,
+        request: LookAtProcRequest,
+    ) -> ttrpc::Result<LookAtProcResponse> {
+        let id = container_id(&request.container_id)?;
+        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let init = container.process().map_err(Failure::from)?.pid;
+        let looked = move || own_proc::look(init, Path::new(&request.path));
+        let entry = match blocking(move || Ok(looked())).await? {
+            Ok(Entry::Directory(names)) => {
+                look_at_proc_response::Entry::Directory(Names { names, ..Default::default() })
+            }
+            Ok(Entry::File(data)) => look_at_proc_response::Entry::File(data),
+            Ok(Entry::Link(target)) => look_at_proc_response::Entry::Link(target),
+            Err(error) => return Err(Failure::new(Code::NOT_FOUND, error.to_string()).into()),
+        };
+        Ok(LookAtProcResponse { entry: Some(entry), ..Default::default() })
     }
 
     async fn container_stats(

@@ -33,6 +33,7 @@ use crate::stdio::{self, EngineStreams, Pumps};
 pub mod exec;
 pub mod id;
 pub mod list;
+pub mod own_proc;
 pub mod process;
 pub mod spec;
 pub mod terminal;

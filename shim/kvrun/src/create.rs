@@ -8,7 +8,7 @@ use kvrun_pod::bundle::{Bundle, Files};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::record::Status;
-use kvrun_pod::share::{self, MountNamespace, Trees};
+use kvrun_pod::share::{self, MountNamespace, Trees, View};
 use kvrun_pod::state_dir::{self, StateError};
 use kvrun_pod::stdio::{Copying, Stdio};
 
@@ -19,6 +19,7 @@ use crate::commands::{delete, start};
 use crate::daemon::{self, Parent, write_pid_file};
 use crate::engine::{Prepared, claim, enter_network, join_cgroup};
 use crate::error::{Error, host};
+use crate::first_thread::beside;
 use crate::log::Log;
 use crate::monitor::client::{Known, PATIENCE};
 use crate::monitor::describe;
@@ -160,30 +161,33 @@ impl Creation<'_> {
     ) -> Result<End, Error> {
         let signals = signals::block().map_err(host("block signals"))?;
         let mut prepared = Prepared::new(self.global, namespace, self.id, &bundle, false)?;
-        let runtime = runtime()?;
-        runtime.block_on(async {
-            let signals = signals.listen().map_err(host("listen for signals"))?;
-            let mut early = Vec::new();
-            let (stdio, terminal) = self.console.open()?;
-            let created = tokio::select! {
-                biased;
-                created = prepared.create(&bundle, files, stdio.wanted()) => created?,
-                signal = aborted(&signals, &mut early) => return Err(interrupted(signal?)),
-            };
-            let (pod, process, streams) = created;
-            let copying = Copying::start(stdio, streams)?;
-            let (monitor, container) = prepared.serve(&pod, process, bundle)?;
-            self.ready()?;
-            prepared.dir().keep();
-            let end = attend(&Own(&container), &signals, early, terminal.as_ref()).await?;
-            tokio::select! {
-                biased;
-                () = drained(copying, &signals) => {}
-                () = monitor.leave() => {}
-            }
-            drop(terminal);
-            finish(&pod, &end, &container, self.id, log).await;
-            Ok(end)
+        let view = View::of(&bundle, &files)?;
+        beside(&self.global.root, self.id, view, move |showing| {
+            runtime()?.block_on(async {
+                let signals = signals.listen().map_err(host("listen for signals"))?;
+                let mut early = Vec::new();
+                let (stdio, terminal) = self.console.open()?;
+                let created = tokio::select! {
+                    biased;
+                    created = prepared.create(&bundle, files, stdio.wanted()) => created?,
+                    signal = aborted(&signals, &mut early) => return Err(interrupted(signal?)),
+                };
+                let (pod, process, streams) = created;
+                let copying = Copying::start(stdio, streams)?;
+                let (monitor, container) = prepared.serve(&pod, process, bundle)?;
+                showing.show();
+                self.ready()?;
+                prepared.dir().keep();
+                let end = attend(&Own(&container), &signals, early, terminal.as_ref()).await?;
+                tokio::select! {
+                    biased;
+                    () = drained(copying, &signals) => {}
+                    () = monitor.leave() => {}
+                }
+                drop(terminal);
+                finish(&pod, &end, &container, self.id, log).await;
+                Ok(end)
+            })
         })
     }
 
@@ -205,29 +209,33 @@ impl Creation<'_> {
             describe(record, bundle)
         })?;
         // What the container takes is on the machine's account; but this is where engines look for its process.
-        let _cgroup = join_cgroup(self.global, bundle, &dir)?;
+        let cgroup = join_cgroup(self.global, bundle, &dir)?;
         let network = NetworkNamespace::current().map_err(host("find the network namespace"))?;
-        let trees = Trees::of(bundle, &files)?;
+        let (trees, view) = (Trees::of(bundle, &files)?, View::of(bundle, &files)?);
         let config = file_of(files.config()).map_err(host("hand the config over"))?;
         drop(files);
-        runtime()?.block_on(async {
-            let signals = signals.listen().map_err(host("listen for signals"))?;
-            let (stdio, terminal) = self.console.open()?;
-            let wanted = stdio.wanted();
-            let request = Request::Create { bundle: record.bundle, wanted };
-            let connection = monitor.connect(root, PATIENCE)?.about(self.id);
-            let state = dir.reopen()?;
-            let mut descriptors = vec![state.as_fd(), config.as_fd(), network.as_fd()];
-            descriptors.extend(trees.descriptors());
-            let (process, streams) = connection.attach(request, &descriptors, wanted)?;
-            // The monitor has them now.
-            drop((trees, config));
-            let copying = Copying::start(stdio, streams)?;
-            self.ready()?;
-            dir.keep();
-            let end = attend(&process, &signals, Vec::new(), terminal.as_ref()).await?;
-            drained(copying, &signals).await;
-            Ok(end)
+        beside(root, self.id, view, move |showing| {
+            let _cgroup = cgroup;
+            runtime()?.block_on(async {
+                let signals = signals.listen().map_err(host("listen for signals"))?;
+                let (stdio, terminal) = self.console.open()?;
+                let wanted = stdio.wanted();
+                let request = Request::Create { bundle: record.bundle, wanted };
+                let connection = monitor.connect(root, PATIENCE)?.about(self.id);
+                let state = dir.reopen()?;
+                let mut descriptors = vec![state.as_fd(), config.as_fd(), network.as_fd()];
+                descriptors.extend(trees.descriptors());
+                let (process, streams) = connection.attach(request, &descriptors, wanted)?;
+                // The monitor has them now.
+                drop((trees, config));
+                let copying = Copying::start(stdio, streams)?;
+                showing.show();
+                self.ready()?;
+                dir.keep();
+                let end = attend(&process, &signals, Vec::new(), terminal.as_ref()).await?;
+                drained(copying, &signals).await;
+                Ok(end)
+            })
         })
     }
 

@@ -21,6 +21,8 @@ mod engine;
 mod env;
 mod error;
 mod exec;
+mod first_thread;
+mod guest_proc;
 mod log;
 mod monitor;
 mod run;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use kvrun_agent_api::agent as api;
 use kvrun_agent_api::agent_ttrpc::AgentClient;
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -103,6 +104,17 @@ pub struct BlockDevice {
     pub major: u32,
     /// The second of them.
     pub minor: u32,
+}
+
+/// What a container's own `/proc` has at a path, as the guest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProcEntry {
+    /// A directory, with these names in it.
+    Directory(Vec<String>),
+    /// A file that says this.
+    File(Vec<u8>),
+    /// A symbolic link to this.
+    Link(Vec<u8>),
 }
 
 impl Agent {
@@ -290,6 +302,32 @@ impl Agent {
         let request = container(id);
         let call = self.client.list_processes(Context::default(), &request);
         bounded("list the processes", REQUEST_TIMEOUT, call).await
+    }
+
+    /// What a running container's own `/proc` has at a path below it; `None`: nothing.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn look_at_proc(
+        &self,
+        id: &ContainerId,
+        path: String,
+    ) -> Result<Option<ProcEntry>, AgentError> {
+        let request = api::LookAtProcRequest { container_id: id.to_string(), path, ..Default::default() };
+        let what = "look at the processes";
+        let call = self.client.look_at_proc(Context::default(), &request);
+        match bounded(what, REQUEST_TIMEOUT, call).await {
+            Ok(response) => match response.entry.ok_or(AgentError::Senseless { what })? {
+                api::look_at_proc_response::Entry::Directory(names) => {
+                    Ok(Some(ProcEntry::Directory(names.names)))
+                }
+                api::look_at_proc_response::Entry::File(data) => Ok(Some(ProcEntry::File(data))),
+                api::look_at_proc_response::Entry::Link(target) => Ok(Some(ProcEntry::Link(target))),
+                _ => Err(AgentError::Senseless { what }),
+            },
+            Err(AgentError::Refused { code: Code::NOT_FOUND, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What the cgroup of a container counts.

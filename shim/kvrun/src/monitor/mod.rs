@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvrun_pod::agent::ProcEntry;
 use kvrun_pod::bundle::{
     self, Bundle, HandedOver, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess,
 };
@@ -235,6 +236,11 @@ impl Monitor {
             command: kvrun_pod::text::one_line(&process.command, 4096),
         });
         Ok(rows.collect())
+    }
+
+    async fn look_at_proc(&self, container: &Container, path: String) -> Result<Option<ProcEntry>, Error> {
+        let id = running(container)?;
+        Ok(self.pod.or_death(self.pod.agent().look_at_proc(&id, path)).await?)
     }
 
     fn host_processes(container: &Container) -> Result<Vec<i32>, Error> {

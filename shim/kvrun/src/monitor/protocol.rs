@@ -70,6 +70,11 @@ pub(crate) enum Request {
     Processes,
     /// Answer: a payload, a list of the processes on the host that stand for processes of the container.
     HostProcesses,
+    /// What the container's own `/proc` has at a path. Answer: a payload, a [`ProcEntry`](kvrun_pod::agent::ProcEntry) if there is something.
+    LookAtProc {
+        /// Relative to `/proc`.
+        path: String,
+    },
     /// Answer: a payload, the counters by name.
     Stats,
     /// With OCI resources as payload.

@@ -95,6 +95,7 @@ async fn answer(
         Request::Resume => monitor.resume(&container).await?,
         Request::Processes => return data(&monitor.processes(&container).await?),
         Request::HostProcesses => return data(&Monitor::host_processes(&container)?),
+        Request::LookAtProc { path } => return data(&monitor.look_at_proc(&container, path).await?),
         Request::Stats => return data(&monitor.stats(&container).await?),
         Request::Update => monitor.update(&container, &read(fds)?).await?,
         // Only where there is a process.

@@ -2,7 +2,7 @@
 //!
 //! An engine makes a namespace and gives it links, mostly one end of a veth pair, with addresses and routes. For each of them
 //! [`Network::update`] makes a tap device beside it and has traffic control hand every packet over, from the link to the tap and back; the
-//! guest gets a virtio-net device with the link's Ethernet address, name, MTU, addresses, routes and neighbours. So for whoever is
+//! guest gets a virtio-net device, carried by the host's kernel where that has vhost-net, with the link's Ethernet address, name, MTU, addresses, routes and neighbours. So for whoever is
 //! at the other end, and for the container, nothing is different. The link itself keeps its addresses, by which engines know it, and is
 //! heard no more.
 //!
@@ -119,7 +119,8 @@ struct Joined {
 struct Device {
     slot: u8,
     config: DeviceConfig,
-    queues: Vec<OwnedFd>,
+    /// The tap's queues, and those of vhost-net where the host has it.
+    fds: Vec<OwnedFd>,
 }
 
 impl Network {
@@ -148,7 +149,7 @@ impl Network {
             .run(|| join(joined, *queue_pairs, &pod.slots))
             .map_err(host(|| "enter the network namespace".to_owned()))??;
         for device in devices {
-            let fds: Vec<BorrowedFd<'_>> = device.queues.iter().map(AsFd::as_fd).collect();
+            let fds: Vec<BorrowedFd<'_>> = device.fds.iter().map(AsFd::as_fd).collect();
             pod.vmm().attach(device.slot, device.config, &fds).await.map_err(PodError::from)?;
             pod.or_death(pod.agent().bind_slot(device.slot)).await?;
         }
@@ -247,7 +248,13 @@ fn join(
         let unlimited = RateLimit::default();
         let config =
             DeviceConfig::Net { mac: *mac, mtu: *mtu, queue_pairs, rx_limit: unlimited, tx_limit: unlimited };
-        devices.push(Device { slot, config, queues: tap.queues });
+        let mut fds = tap.queues;
+        match open_vhost(queue_pairs) {
+            Ok(vhost) => fds.extend(vhost),
+            // The VMM carries the packets then, and does it about as fast.
+            Err(error) => tracing::debug!(%error, "open /dev/vhost-net"),
+        }
+        devices.push(Device { slot, config, fds });
     }
     Ok((scan, devices))
 }

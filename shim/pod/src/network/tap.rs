@@ -33,7 +33,7 @@ pub fn open_tap(name: &str, queue_pairs: u8) -> io::Result<Tap> {
 /// As many descriptors of vhost-net as a link of so many pairs of queues takes.
 ///
 /// # Errors
-/// As open(2); [`io::ErrorKind::NotFound`] if the host has no vhost-net.
+/// As open(2): a host without vhost-net has no such file, or none that can be opened.
 pub fn open_vhost(queue_pairs: u8) -> io::Result<Vec<OwnedFd>> {
     (0..queue_pairs)
         .map(|_| Ok(File::options().read(true).write(true).open("/dev/vhost-net")?.into()))

@@ -21,6 +21,7 @@
 mod id_map;
 mod mount_points;
 mod trees;
+mod view;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -41,6 +42,7 @@ use crate::sys::{self, MountAttr};
 pub use mount_points::MountPointError;
 pub use trees::Trees;
 use trees::clone_tree;
+pub use view::View;
 
 /// The tag of the virtio-fs device.
 pub const SHARE_TAG: &str = "kvrun";

@@ -41,9 +41,15 @@ fn running_container_is_used_and_stopped(t: &Test) -> Result<()> {
     let exec = ["exec", "--user", "1000", "-e", "A=b", "web", "sh", "-c", processes];
     let outcome = podman.invoke(&exec)?.exited(4).text();
     ensure!(outcome.starts_with("b 1000\n") && outcome.contains("sleep 1000"), "{outcome}");
-    // All that the host runs, and the process that stands for the container is among it.
-    let processes = podman.say(&["top", "web", "pid", "comm"])?;
-    ensure!(processes.contains("kvrun"), "{processes}");
+    // Those of the guest, by the container's own numbers, and none of the host's.
+    let processes = podman.say(&["top", "web", "pid", "ppid", "comm"])?;
+    let processes: Vec<Vec<&str>> =
+        processes.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+    ensure!(processes.contains(&vec!["1", "0", "sh"]), "{processes:?}");
+    ensure!(processes.iter().any(|process| process[1..] == ["1", "sleep"]), "{processes:?}");
+    ensure!(processes.iter().all(|process| !process[2].contains("kvrun")), "{processes:?}");
+    let processes = podman.say(&["top", "web"])?;
+    ensure!(processes.contains("sleep 1000"), "{processes}");
     podman.invoke(&["healthcheck", "run", "web"])?.exited(1);
     podman.say(&["exec", "web", "touch", "/healthy"])?;
     podman.invoke(&["healthcheck", "run", "web"])?.exited(0);
@@ -54,9 +60,16 @@ fn running_container_is_used_and_stopped(t: &Test) -> Result<()> {
     podman.say(&["pause", "web"])?;
     ensure!(inspect("{{.State.Status}}")?.trim() == "paused");
     podman.say(&["unpause", "web"])?;
+    // The container's files, also those of its bind mounts, and never the host's.
     let copied = podman.dir().join("copied");
-    podman.say(&["cp", "web:/etc/passwd", copied.to_str().context("a path of ASCII")?])?;
-    ensure!(fs::read_to_string(copied)?.starts_with("root:"));
+    let path = copied.to_str().context("a path of ASCII")?;
+    podman.say(&["exec", "web", "sh", "-c", "echo of the container > /made"])?;
+    podman.say(&["cp", "web:/made", path])?;
+    ensure!(fs::read_to_string(&copied)? == "of the container\n");
+    podman.say(&["cp", path, "web:/back"])?;
+    ensure!(podman.say(&["exec", "web", "cat", "/back"])? == "of the container\n");
+    podman.say(&["cp", "web:/etc/hostname", path])?;
+    ensure!(fs::read_to_string(&copied)? == podman.say(&["exec", "web", "cat", "/etc/hostname"])?);
     podman.say(&["stop", "web"])?;
     podman.invoke(&["logs", "web"])?.exited(0).stdout("started 1\nbye\n");
     ensure!(inspect("{{.State.ExitCode}}")?.trim() == "3");
@@ -95,6 +108,8 @@ fn containers_of_a_pod_share_a_machine_and_its_network(t: &Test) -> Result<()> {
     let boot_id = podman.say(&["exec", "server", "cat", "/proc/sys/kernel/random/boot_id"])?;
     ensure!(text == format!("served\np\n{boot_id}"), "{text}");
     ensure!(t.vmms()?.len() == 1, "one machine for all");
+    let processes = podman.say(&["top", "server", "pid", "comm"])?;
+    ensure!(processes.split_whitespace().eq(["PID", "COMMAND", "1", "httpd"]), "{processes}");
     is_served("127.0.0.1:8081")?;
     podman.say(&words("pod stop -t 0 p", &[]))?;
     podman.say(&["pod", "rm", "p"])?;
