@@ -62,8 +62,6 @@ impl Link {
     /// When the host refuses, or has no vhost-net.
     pub fn with_vhost(mtu: u16, queue_pairs: u8) -> Result<Self> {
         let mut link = Self::new(mtu, queue_pairs)?;
-        // Where it is a module, this is what makes the device.
-        let _ = Command::new("modprobe").arg("vhost_net").output();
         link.fds.extend(open_vhost(queue_pairs).context("cannot open vhost-net")?);
         Ok(link)
     }

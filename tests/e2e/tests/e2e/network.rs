@@ -1,18 +1,23 @@
 //! The network of a container is that of its network namespace on the host.
 
-use std::io::{Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
 use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kvrun_e2e::netns::{self, MTU, Namespace, Wire};
 use kvrun_e2e::{Bundle, Case, Test, cases, time};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 pub(crate) const CASES: &[Case] = cases![
     links_addresses_and_routes_are_those_of_the_namespace,
     tcp_and_udp_go_both_ways,
+    tcp_and_udp_go_both_ways_on_a_host_without_vhost_net,
     container_is_on_several_links,
     namespace_is_afterwards_as_it_was,
     namespace_is_free_again_after_a_crash,
@@ -89,7 +94,36 @@ fn links_addresses_and_routes_are_those_of_the_namespace(t: &Test) -> Result<()>
     Ok(())
 }
 
+const VHOST_NET: &str = "/dev/vhost-net";
+
 fn tcp_and_udp_go_both_ways(t: &Test) -> Result<()> {
+    both_ways(t, File::open(VHOST_NET).is_ok())
+}
+
+fn tcp_and_udp_go_both_ways_on_a_host_without_vhost_net(t: &Test) -> Result<()> {
+    // A device that no driver has, where one of the test's mounts covers it.
+    let nothing = t.scratch().join("nothing");
+    mknodat(CWD, &nothing, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, 0)?;
+    let covered = Path::new(VHOST_NET).exists();
+    if covered {
+        mount_bind(&nothing, VHOST_NET)?;
+    }
+    let result = both_ways(t, false);
+    if covered {
+        unmount(VHOST_NET, UnmountFlags::empty())?;
+    }
+    result
+}
+
+/// Whether the host's kernel carries packets of the only VMM: then it has a thread in there.
+fn has_vhost_thread(t: &Test) -> Result<bool> {
+    let [(vmm, _)] = &t.vmms()?[..] else { bail!("not one VMM") };
+    let threads = fs::read_dir(format!("/proc/{vmm}/task"))?;
+    let names = threads.map(|thread| fs::read_to_string(thread?.path().join("comm")));
+    Ok(names.collect::<io::Result<Vec<_>>>()?.iter().any(|name| name.starts_with("vhost")))
+}
+
+fn both_ways(t: &Test, vhost: bool) -> Result<()> {
     let namespace = namespace(t)?;
     let wire = namespace.connect("eth0", 1)?;
     let host = wire.host_address();
@@ -117,6 +151,7 @@ fn tcp_and_udp_go_both_ways(t: &Test) -> Result<()> {
     });
     let run = t.start(&container)?.without_input();
     run.until("listening")?;
+    ensure!(has_vhost_thread(t)? == vhost, "vhost-net is used: {}", !vhost);
     sender.join().map_err(|_| anyhow::anyhow!("the host's end panicked"))??;
     let mut stream =
         TcpStream::connect((wire.address().as_str(), 4001)).context("cannot connect to the container")?;
@@ -264,7 +299,7 @@ fn container_that_joins_the_namespace_of_another_is_in_its_machine(t: &Test) -> 
     let second = t.create_as(&other_id, &joining)?;
     ensure!(t.vmms()?.len() == 1, "one machine for both");
     // An engine may name either.
-    let netns_of = |pid| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    let netns_of = |pid| fs::read_link(format!("/proc/{pid}/ns/net"));
     ensure!(netns_of(first.pid())? == netns_of(second.pid())?);
     t.invoke(&["start", &other_id])?.exited(0);
     ensure!(second.end()? == 0, "{}", second.text()?);
