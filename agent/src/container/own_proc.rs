@@ -38,7 +38,7 @@ pub fn look(pid: i32, path: &Path) -> io::Result<Entry> {
     }
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let open = |flags: OFlags| {
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
         openat2(&proc, path, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty(), resolve)
     };
     let found = open(OFlags::PATH)?;
