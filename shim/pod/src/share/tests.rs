@@ -274,3 +274,42 @@ fn namespace_is_refused_to_a_process_with_threads() {
     drop(sender);
     let _ = other.join();
 }
+
+#[test]
+fn view_has_the_containers_files_and_none_of_the_hosts() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        std::os::unix::fs::symlink("/etc", f.path("bundle/rootfs/link")).unwrap();
+        fs::create_dir(f.path("bundle/rootfs/etc/data")).unwrap();
+        fs::write(f.path("data/named"), "data").unwrap();
+        f.write_config(
+            true,
+            &json!([
+                {"destination": "/link/data", "type": "bind", "source": f.path("data"), "options": ["rbind"]},
+                {"destination": "/etc/file", "type": "bind", "source": f.path("file"), "options": ["bind", "ro"]},
+                {"destination": "/tmp", "type": "tmpfs"},
+            ]),
+        );
+        let (bundle, files) = f.bundle();
+        let view = View::of(&bundle, &files).unwrap();
+        let outside = f.path("data");
+        // Its thread ends with the namespace.
+        thread::spawn(move || {
+            view.enter(None).unwrap();
+            assert_eq!(fs::read_to_string("/etc/motd").unwrap(), "hello");
+            // The link leads to the container's directory, not to the host's.
+            assert_eq!(fs::read_to_string("/etc/data/named").unwrap(), "data");
+            assert_eq!(fs::read_to_string("/etc/file").unwrap(), "a file");
+            assert!(!outside.exists() && !Path::new("/etc/passwd").exists());
+            fs::write("/etc/data/new", "from the host").unwrap();
+            for read_only in ["/new", "/etc/file"] {
+                let error = fs::write(read_only, "x").unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{read_only}");
+            }
+            assert_eq!(fs::canonicalize("/..").unwrap(), Path::new("/"));
+        })
+        .join()
+        .unwrap();
+        assert_eq!(fs::read_to_string(f.path("data/new")).unwrap(), "from the host");
+    });
+}
