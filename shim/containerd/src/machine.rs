@@ -80,7 +80,7 @@ impl Machine {
     }
 
     /// All containers of a machine are on its network, or on none.
-    pub(crate) async fn check_network(&self, bundle: &Bundle) -> Result<(), Error> {
+    pub(crate) async fn check_network(&self, bundle: &Bundle, task: &Task) -> Result<(), Error> {
         let HostNetwork::Named { path, namespace } = bundle.network() else { return Ok(()) };
         let network = self.network.lock().await;
         let is_it = network.as_ref().map(|network| network.is_of(namespace)).transpose();
@@ -90,7 +90,7 @@ impl Machine {
                 path.display()
             )));
         }
-        Ok(())
+        enter(task, namespace).map(drop)
     }
 
     /// Gives the machine what its network namespace has by now: docker and hooks configure it when they know the first container's process.
@@ -116,10 +116,16 @@ fn network_namespace(
 ) -> Result<Option<NetworkNamespace>, Error> {
     match bundle.network() {
         HostNetwork::None => Ok(None),
-        HostNetwork::New => task.new_network().map(Some).map_err(host("make a network namespace")),
+        HostNetwork::New => task.enter_network(None).map(Some).map_err(host("make a network namespace")),
         HostNetwork::Named { path, namespace } => {
             namespace.check(path, &host_side.home)?;
-            namespace.try_clone().map(Some).map_err(host("keep the network namespace"))
+            enter(task, namespace).map(Some)
         }
     }
+}
+
+/// The process ID of a container is in its network namespace: by it, containers that join the pod name that.
+fn enter(task: &Task, namespace: &NetworkNamespace) -> Result<NetworkNamespace, Error> {
+    let entered = namespace.try_clone().and_then(|namespace| task.enter_network(Some(namespace)));
+    entered.map_err(host("enter the network namespace"))
 }

@@ -109,7 +109,7 @@ impl Pod {
         let is_first = machine.is_none();
         let (used, spec, place) = match &*machine {
             Some(machine) => {
-                machine.check_network(&bundle).await?;
+                machine.check_network(&bundle, &task).await?;
                 let (mut spec, place) = machine.share.add(&bundle, Trees::of(&bundle, &files)?)?;
                 if matches!(bundle.network(), HostNetwork::New) {
                     bundle::add_network_namespace(&mut spec);

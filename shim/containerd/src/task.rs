@@ -2,6 +2,7 @@
 //!
 //! It goes from created over running to stopped, which is for good, and its end is told once, after its start has been.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -40,28 +41,35 @@ pub(crate) struct Ended {
 #[derive(Debug)]
 struct HostPid {
     pid: u32,
-    /// Asks for a network namespace of its own. Dropped, the thread ends.
-    orders: mpsc::Sender<mpsc::Sender<std::io::Result<NetworkNamespace>>>,
+    /// Dropped, the thread ends.
+    orders: mpsc::Sender<EnterNetwork>,
+}
+
+/// Has the thread enter a network namespace, or make one, and answer which.
+struct EnterNetwork {
+    namespace: Option<NetworkNamespace>,
+    answer: mpsc::Sender<io::Result<NetworkNamespace>>,
 }
 
 impl HostPid {
-    fn new() -> std::io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
-        let (orders, inbox) = mpsc::channel::<mpsc::Sender<_>>();
+        let (orders, inbox) = mpsc::channel::<EnterNetwork>();
         thread::Builder::new().name("container".into()).stack_size(STACK).spawn(move || {
             let _ = sender.send(gettid());
-            for answer in inbox {
-                let _ = answer.send(network::enter_new().and_then(|()| NetworkNamespace::current()));
+            for EnterNetwork { namespace, answer } in inbox {
+                let entered = namespace.map_or_else(network::enter_new, |namespace| namespace.enter());
+                let _ = answer.send(entered.and_then(|()| NetworkNamespace::current()));
             }
         })?;
-        let pid = receiver.recv().map_err(std::io::Error::other)?.as_raw_nonzero().get().unsigned_abs();
+        let pid = receiver.recv().map_err(io::Error::other)?.as_raw_nonzero().get().unsigned_abs();
         Ok(Self { pid, orders })
     }
 
-    fn new_network(&self) -> std::io::Result<NetworkNamespace> {
-        let (sender, receiver) = mpsc::channel();
-        self.orders.send(sender).map_err(std::io::Error::other)?;
-        receiver.recv().map_err(std::io::Error::other)?
+    fn enter_network(&self, namespace: Option<NetworkNamespace>) -> io::Result<NetworkNamespace> {
+        let (answer, answered) = mpsc::channel();
+        self.orders.send(EnterNetwork { namespace, answer }).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        answered.recv().map_err(io::Error::other)?
     }
 }
 
@@ -164,9 +172,9 @@ impl Task {
         self.pid.pid
     }
 
-    /// Makes a network namespace, that of its process ID on the host.
-    pub(crate) fn new_network(&self) -> std::io::Result<NetworkNamespace> {
-        self.pid.new_network()
+    /// Makes a network namespace that of its process ID on the host, or makes one; and says which it is.
+    pub(crate) fn enter_network(&self, namespace: Option<NetworkNamespace>) -> io::Result<NetworkNamespace> {
+        self.pid.enter_network(namespace)
     }
 
     /// In the guest.
