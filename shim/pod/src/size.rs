@@ -9,11 +9,16 @@
 //!   reserves are the rest). So the limit is reached, and reported, in the container's cgroup before the machine
 //!   itself runs out. Rounded up to 2 MiB, so that huge pages fit; at least [`MIN_MEMORY_MIB`].
 //!
+//! The first container of a Kubernetes pod has no limits worth speaking of: it holds namespaces. So where annotations of containerd's CRI plugin say what the
+//! pod's containers come to (its `pkg/cri/annotations`: `sandbox-cpu-quota`, `-period` and `-memory`), these count instead.
+//!
 //! Guest memory costs nothing on the host before the guest touches it.
+
+use std::str::FromStr;
 
 use kvrun_vmm_api::VcpuConfig;
 use kvrun_vmm_api::config::{MAX_MEMORY_MIB, MAX_VCPUS};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, Spec};
 
 /// Memory of a machine whose container has no limit, in MiB: the least that common server software starts in.
 pub const DEFAULT_MEMORY_MIB: u32 = 512;
@@ -23,6 +28,11 @@ pub const MIN_MEMORY_MIB: u32 = 128;
 const OVERHEAD_MIB: u64 = 64;
 /// The kernel's default CFS period in microseconds (`default_cfs_period`, Linux 6.12 kernel/sched/fair.c).
 const DEFAULT_PERIOD_US: u64 = 100_000;
+
+/// The annotations with what a pod's containers come to.
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// The bundle asks for a machine that cannot be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -48,6 +58,14 @@ pub enum SizeError {
         last = MAX_VCPUS - 1
     )]
     Cpus(String),
+    /// A size of the pod that is none.
+    #[error("annotation {name} must be a number, not {value:?}")]
+    Annotation {
+        /// Which.
+        name: &'static str,
+        /// What it is.
+        value: String,
+    },
     /// Too much memory.
     #[error(
         "linux.resources.memory.limit {limit} is more than a virtual machine can have ({MAX_MEMORY_MIB} MiB with its overhead): lower it, or leave it out for the default"
@@ -75,15 +93,23 @@ impl VmSize {
     pub fn for_spec(spec: &Spec) -> Result<Self, SizeError> {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cpu = resources.and_then(|r| r.cpu().as_ref());
-        let limit =
-            resources.and_then(|r| r.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
-        let vcpus = vcpus(
-            cpu.and_then(oci_spec::runtime::LinuxCpu::quota),
-            cpu.and_then(oci_spec::runtime::LinuxCpu::period),
-        )?;
+        let limit = resources.and_then(|r| r.memory().as_ref()).and_then(LinuxMemory::limit);
+        let (mut quota, mut period) = (cpu.and_then(LinuxCpu::quota), cpu.and_then(LinuxCpu::period));
+        if let Some(of_pod) = annotation(spec, POD_QUOTA)? {
+            (quota, period) = (Some(of_pod), annotation(spec, POD_PERIOD)?.filter(|period| *period != 0));
+        }
+        let limit = annotation(spec, POD_MEMORY)?.or(limit);
+        let vcpus = vcpus(quota, period)?;
         let vcpus = vcpus.max(up_to_last(cpu.and_then(|cpu| cpu.cpus().as_deref()).unwrap_or_default())?);
         Ok(Self { vcpus: VcpuConfig { boot: vcpus, max: vcpus }, memory_mib: memory_mib(limit)? })
     }
+}
+
+/// A number among the annotations, if it is there.
+fn annotation<T: FromStr>(spec: &Spec, name: &'static str) -> Result<Option<T>, SizeError> {
+    let value = spec.annotations().as_ref().and_then(|all| all.get(name));
+    let wrong = |value: &String| SizeError::Annotation { name, value: value.chars().take(64).collect() };
+    value.map(|value| value.parse().map_err(|_| wrong(value))).transpose()
 }
 
 fn vcpus(quota: Option<i64>, period: Option<u64>) -> Result<u8, SizeError> {
@@ -152,6 +178,26 @@ mod tests {
         assert!(matches!(vcpus(Some(3_200_001), Some(100_000)), Err(SizeError::Vcpus { cpus: 33, .. })));
         assert!(matches!(vcpus(Some(i64::MAX), Some(1)), Err(SizeError::Vcpus { .. })));
         assert_eq!(vcpus(Some(1), Some(0)), Err(SizeError::Period));
+    }
+
+    #[test]
+    fn size_of_a_pod_is_what_its_containers_come_to() {
+        let size = |annotations: &[(&str, &str)]| {
+            let mut spec = Spec::default();
+            let all = annotations.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            spec.set_annotations(Some(all.collect()));
+            VmSize::for_spec(&spec)
+        };
+        let all = [(POD_QUOTA, "150000"), (POD_PERIOD, "100000"), (POD_MEMORY, "536870912")];
+        let pod = size(&all).unwrap();
+        assert_eq!((pod.vcpus.boot, pod.memory_mib), (2, 592));
+        // What containerd says of a pod without limits.
+        let unlimited = size(&[(POD_QUOTA, "0"), (POD_PERIOD, "0"), (POD_MEMORY, "0")]);
+        assert_eq!(unlimited, size(&[]));
+        for name in [POD_QUOTA, POD_MEMORY] {
+            let error = size(&[(name, "much")]).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+        }
     }
 
     #[test]
