@@ -16,6 +16,8 @@ use crate::terminal::{Terminal, on_terminal};
 
 /// The image that it has: busybox and nothing else.
 pub const IMAGE: &str = "localhost/busybox:latest";
+/// The same, whose containers do nothing: for the sandboxes of pods.
+pub const PAUSE: &str = "localhost/pause:latest";
 /// What containerd calls us.
 pub const RUNTIME: &str = "io.containerd.kvrun.v2";
 /// The name of a shim's process.
@@ -31,19 +33,21 @@ pub struct Containerd<'a> {
     test: &'a Test,
     dir: PathBuf,
     daemon: Running,
+    /// In which its containers are.
+    namespace: &'static str,
 }
 
 /// Plugins that no test needs: each costs time at the start.
-pub(crate) const UNUSED: [&str; 8] = [
+pub(crate) const UNUSED: [&str; 6] = [
     "io.containerd.internal.v1.tracing",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
 ];
+/// Likewise, of a containerd whose clients do not speak CRI.
+pub(crate) const CRI: [&str; 2] = ["io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
 
 impl<'a> Containerd<'a> {
     /// One that has [`IMAGE`].
@@ -51,16 +55,28 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn new(test: &'a Test) -> Result<Self> {
+        Self::with(test, &[&UNUSED[..], &CRI].concat(), "", "default")
+    }
+
+    /// One that has [`IMAGE`] and [`PAUSE`] for its CRI plugin, with more configuration.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn with_cri(test: &'a Test, config: &str) -> Result<Self> {
+        Self::with(test, &UNUSED, config, "k8s.io")
+    }
+
+    fn with(test: &'a Test, disabled: &[&str], more: &str, namespace: &'static str) -> Result<Self> {
         let dir = test.scratch().join("containerd");
         fs::create_dir_all(&dir)?;
         let here = dir.display();
         let config = format!(
-            "version = 3\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {UNUSED:?}\n\
-             [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n"
+            "version = 3\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {disabled:?}\n\
+             [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n{more}"
         );
         let path = dir.join(CONFIG);
         fs::write(&path, config)?;
-        let containerd = Self { test, daemon: start(test, &path)?, dir };
+        let containerd = Self { test, daemon: start(test, &path)?, dir, namespace };
         let archive = image_archive(&containerd.dir)?;
         containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
         Ok(containerd)
@@ -96,7 +112,12 @@ impl<'a> Containerd<'a> {
 
     fn complete(&self, command: &mut Command, args: &[&str]) {
         self.test.environment(command);
-        command.arg("--address").arg(self.dir.join("containerd.sock")).args(args);
+        command.arg("--address").arg(self.socket()).args(["--namespace", self.namespace]).args(args);
+    }
+
+    /// The socket it listens on.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
     }
 
     /// What containerd and its shims have said so far.
@@ -133,7 +154,7 @@ impl<'a> Containerd<'a> {
         if Path::new(RUN).exists() {
             fs::remove_dir_all(RUN).with_context(|| format!("cannot remove {RUN}"))?;
         }
-        remove_state("default").with_context(|| format!("containerd said {log}"))
+        remove_state(self.namespace).with_context(|| format!("containerd said {log}"))
     }
 }
 
@@ -161,7 +182,7 @@ pub(crate) fn start(test: &Test, config: &Path) -> Result<Running> {
     Ok(daemon)
 }
 
-/// An image in the format of `docker save`.
+/// The images in the format of `docker save`.
 fn image_archive(dir: &Path) -> Result<PathBuf> {
     let (root, layer, archive) = (dir.join("image"), dir.join("layer.tar"), dir.join("image.tar"));
     userland(&root)?;
@@ -169,14 +190,19 @@ fn image_archive(dir: &Path) -> Result<PathBuf> {
     let sum = Command::new("sha256sum").arg(&layer).output()?;
     let text = String::from_utf8(sum.stdout)?;
     let digest = format!("sha256:{}", text.split(' ').next().unwrap_or_default());
-    let config = json!({
-        "architecture": "amd64", "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
-        "rootfs": {"type": "layers", "diff_ids": [digest]},
-    });
-    fs::write(dir.join("config.json"), config.to_string())?;
-    let manifest = json!([{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]);
-    fs::write(dir.join("manifest.json"), manifest.to_string())?;
-    bundle::archive(dir, &archive, &["manifest.json", "config.json", "layer.tar"])?;
+    let mut manifest = Vec::new();
+    for (name, file, command) in
+        [(IMAGE, "config.json", json!(["sh"])), (PAUSE, "pause.json", json!(["sleep", "2147483647"]))]
+    {
+        let config = json!({
+            "architecture": "amd64", "os": "linux",
+            "config": {"Env": ["PATH=/bin"], "Cmd": command},
+            "rootfs": {"type": "layers", "diff_ids": [digest]},
+        });
+        fs::write(dir.join(file), config.to_string())?;
+        manifest.push(json!({"Config": file, "RepoTags": [name], "Layers": ["layer.tar"]}));
+    }
+    fs::write(dir.join("manifest.json"), serde_json::Value::from(manifest).to_string())?;
+    bundle::archive(dir, &archive, &["manifest.json", "config.json", "pause.json", "layer.tar"])?;
     Ok(archive)
 }

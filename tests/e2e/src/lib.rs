@@ -11,6 +11,7 @@
 //! * [`lifecycle`] - containers created and started by commands of their own.
 //! * [`containerd`] - a containerd whose containers are run by our shim.
 //! * [`loop_device`] - block devices of this host.
+//! * [`cri`] - pods, as a kubelet has containerd run them.
 //! * [`netns`] - network namespaces as engines make them.
 //! * [`vsock_peer`] - a program for guests, to speak with over vsock.
 //! * [`terminal`] - a `kvrun` that runs on a pseudo-terminal.
@@ -24,6 +25,7 @@
 
 pub mod bundle;
 pub mod containerd;
+pub mod cri;
 pub mod engine;
 pub mod fixture;
 pub mod harness;

@@ -1,7 +1,9 @@
 //! Time limits. All scale by one factor, which is all a test may know about how fast its host is.
 
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
 
 /// The environment variable with the factor, for example `6` in the lab.
 pub const FACTOR_VARIABLE: &str = "KVRUN_TIMEOUT_FACTOR";
@@ -17,6 +19,20 @@ static FACTOR: LazyLock<f64> = LazyLock::new(|| match std::env::var(FACTOR_VARIA
         _ => panic!("{FACTOR_VARIABLE}={text} is not a number from 0.1 to 1000"),
     },
 });
+
+/// Asks until the answer is yes. For what nobody tells of.
+///
+/// # Errors
+/// When it never is, or cannot be given.
+pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + scaled(RUN);
+    while !holds()? {
+        ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        // Asking costs the guest's time, where there is one CPU for both.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
 
 /// A limit for this host.
 pub fn scaled(on_hardware: Duration) -> Duration {

@@ -92,7 +92,7 @@ const UNUSED: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.snapshott
 /// The daemon starts one itself if it is told of none, but gives that 15 s, which the lab does not always keep.
 fn containerd(test: &Test, dir: &Path) -> Result<Running> {
     let (path, here) = (dir.join("containerd.toml"), dir.display());
-    let disabled = [&containerd::UNUSED[..], &UNUSED].concat();
+    let disabled = [&containerd::UNUSED[..], &containerd::CRI, &UNUSED].concat();
     let config = format!(
         "version = 3\nroot = \"{here}/containerd\"\nstate = \"{here}/containerd-state\"\n\
          disabled_plugins = {disabled:?}\n[grpc]\naddress = \"{here}/containerd.sock\"\n"

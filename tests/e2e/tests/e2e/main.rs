@@ -7,6 +7,7 @@ use kvrun_e2e::vsock_peer;
 mod bad_config;
 mod command_line;
 mod containerd;
+mod cri;
 mod engines;
 mod exec;
 mod exit;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         engines::docker::CASES,
         pods::CASES,
         containerd::CASES,
+        cri::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)

@@ -8,10 +8,8 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
-use kvrun_e2e::{Case, Test, cases};
+use kvrun_e2e::{Case, Test, cases, time};
 use kvrun_vmm_api::{DeviceConfig, FsCache};
-
-use super::host;
 
 pub(crate) const CASES: &[Case] = cases![
     names_and_links_are_those_of_a_file_system,
@@ -410,7 +408,7 @@ fn descriptors_follow_what_the_guest_has_in_its_caches(t: &Test) -> Result<()> {
     walk(".")?;
     // One for each, once it has heard of the directories that find has closed: the guest tells it so when it has time.
     let mut walked = 0;
-    host::until("the host holds a descriptor for each file", || {
+    time::until("the host holds a descriptor for each file", || {
         walked = held()?;
         Ok(walked <= before + 2_030)
     })?;

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use kvrun_e2e::{Test, time};
+use anyhow::{Context, Result};
+use kvrun_e2e::Test;
 
 /// The process IDs of all VMMs of this test.
 pub(super) fn vmms(t: &Test) -> Result<Vec<i32>> {
@@ -47,15 +46,4 @@ fn field(text: &str, name: &str) -> Result<u64> {
     let value =
         text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
     Ok(value.split_whitespace().next().context("no number")?.parse()?)
-}
-
-/// Asks until the answer is yes. For what nobody tells of.
-pub(super) fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + time::scaled(time::RUN);
-    while !holds()? {
-        ensure!(Instant::now() < deadline, "waited in vain until {what}");
-        // Asking costs the guest's time, where there is one CPU for both.
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    Ok(())
 }

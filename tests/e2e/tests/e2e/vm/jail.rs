@@ -11,12 +11,11 @@ use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::trace::Trace;
 use kvrun_e2e::vm::link::{HOST, Link};
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
-use kvrun_e2e::{Case, Test, cases};
+use kvrun_e2e::{Case, Test, cases, time};
 use kvrun_vmm::thread::Class;
 use kvrun_vmm_api::{DeviceConfig, RateLimit};
 
 use super::fs::install_program;
-use super::host;
 
 pub(crate) const CASES: &[Case] = cases![
     every_thread_is_filtered,
@@ -209,11 +208,11 @@ fn on_memory(vm: &Machine) -> Result<()> {
     vm.attach(FIRST_SLOT, DeviceConfig::Mem, &[])?;
     for mib in [16, 0] {
         vm.block_on(vm.pod().vmm().resize_memory(mib))?;
-        host::until("the guest has done as asked", || Ok(vm.state()?.plugged_mib == mib))?;
+        time::until("the guest has done as asked", || Ok(vm.state()?.plugged_mib == mib))?;
     }
     vm.attach(FIRST_SLOT + 1, DeviceConfig::Balloon { free_page_reporting: false }, &[])?;
     vm.block_on(vm.pod().vmm().set_balloon(8))?;
-    host::until("the guest has done as asked", || Ok(vm.state()?.balloon_mib == 8))
+    time::until("the guest has done as asked", || Ok(vm.state()?.balloon_mib == 8))
 }
 
 /// A file of 4 MiB without a name on the disk of the machine the tests run on.

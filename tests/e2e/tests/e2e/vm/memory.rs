@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
-use kvrun_e2e::{Case, Test, cases};
+use kvrun_e2e::{Case, Test, cases, time};
 use kvrun_vmm_api::DeviceConfig;
 
 use super::host;
@@ -37,7 +37,7 @@ fn memory_grows_is_used_and_shrinks_again(t: &Test) -> Result<()> {
     let vm = Machine::boot(t, Shape { memory_mib: 160, hotplug_mib: 512, ..Shape::default() })?;
     let resize = |mib: u32| -> Result<()> {
         vm.block_on(vm.pod().vmm().resize_memory(mib))?;
-        host::until("the guest has done as asked", || Ok(vm.state()?.plugged_mib == mib))
+        time::until("the guest has done as asked", || Ok(vm.state()?.plugged_mib == mib))
     };
     let (booted, alone) = (meminfo(&vm, "MemTotal")?, host::anonymous_mib(t)?);
     vm.attach(FIRST_SLOT, DeviceConfig::Mem, &[])?;
@@ -68,7 +68,7 @@ fn balloon_takes_memory_and_gives_it_back(t: &Test) -> Result<()> {
     vm.attach(FIRST_SLOT, DeviceConfig::Balloon { free_page_reporting: false }, &[])?;
     let resize = |mib: u64| -> Result<()> {
         vm.block_on(vm.pod().vmm().set_balloon(mib as u32))?;
-        host::until("the guest has done as asked", || Ok(u64::from(vm.state()?.balloon_mib) == mib))
+        time::until("the guest has done as asked", || Ok(u64::from(vm.state()?.balloon_mib) == mib))
     };
     use_memory(&vm, 128)?;
     let (free, used) = (meminfo(&vm, "MemFree")?, host::anonymous_mib(t)?);
@@ -81,7 +81,7 @@ fn balloon_takes_memory_and_gives_it_back(t: &Test) -> Result<()> {
     resize(0)?;
     // Linux keeps up to an eighth of the memory on lists of its CPUs, where it is not counted, and takes it from there in time
     // (Linux 6.12 mm/page_alloc.c, decay_pcp_high).
-    host::until("the guest has its memory", || Ok(meminfo(&vm, "MemFree")? + 16 >= free))?;
+    time::until("the guest has its memory", || Ok(meminfo(&vm, "MemFree")? + 16 >= free))?;
     // What was taken in small pages comes back in small pages, which takes an emulated machine long.
     use_memory(&vm, 32)
 }
@@ -98,7 +98,7 @@ fn memory_that_becomes_free_goes_back_to_the_host(t: &Test) -> Result<()> {
     let used = host::anonymous_mib(t)?;
     script.write("go on\n")?;
     ensure!(script.wait()?.code == 0);
-    host::until("memory is back", || Ok(host::anonymous_mib(t)? + 80 <= used))?;
+    time::until("memory is back", || Ok(host::anonymous_mib(t)? + 80 <= used))?;
     let back = host::anonymous_mib(t)?;
     eprintln!("host: {before} MiB, {used} when 128 had been used, {back} reported free");
     Ok(())
@@ -111,10 +111,10 @@ fn free_memory_goes_back_to_the_host_when_asked_for(t: &Test) -> Result<()> {
     let (free, used) = (meminfo(&vm, "MemFree")?, host::anonymous_mib(t)?);
     for round in 1..=2 {
         vm.block_on(vm.pod().vmm().hint_free_pages())?;
-        host::until("the guest has told", || Ok(vm.counter(FIRST_SLOT, "hint_rounds")? == round))?;
+        time::until("the guest has told", || Ok(vm.counter(FIRST_SLOT, "hint_rounds")? == round))?;
     }
     let back = host::anonymous_mib(t)?;
-    host::until("the guest has its memory", || Ok(meminfo(&vm, "MemFree")? + 16 >= free))?;
+    time::until("the guest has its memory", || Ok(meminfo(&vm, "MemFree")? + 16 >= free))?;
     eprintln!("host: {used} MiB when 128 had been used, {back} after hints");
     ensure!(back + 80 <= used, "the host gave {used} MiB, then {back}");
     use_memory(&vm, 32)

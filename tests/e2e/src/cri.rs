@@ -1,0 +1,355 @@
+//! The Container Runtime Interface, as a kubelet speaks it to containerd: pods whose containers our shim runs, on a network that CNI makes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_cri::v1 as api;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use serde_json::json;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::containerd::{Containerd, IMAGE, PAUSE};
+use crate::fixture::Test;
+use crate::netns;
+use crate::time;
+
+/// The name of the runtime in containerd's configuration, as a RuntimeClass names it.
+const HANDLER: &str = "kvrun";
+/// Debian's plugins.
+const PLUGINS: &str = "/usr/lib/cni";
+/// The network of the pods.
+const NETWORK: &str = "10.88.0.0/16";
+const NETWORK6: &str = "fd88::/64";
+/// The host on it.
+pub const HOST: &str = "10.88.0.1";
+
+/// A containerd with its CRI plugin.
+#[derive(Debug)]
+pub struct Cri<'a> {
+    test: &'a Test,
+    containerd: Containerd<'a>,
+    runtime: tokio::runtime::Runtime,
+    client: RuntimeServiceClient<Channel>,
+}
+
+/// A pod that runs.
+#[derive(Debug)]
+pub struct Pod<'c> {
+    cri: &'c Cri<'c>,
+    config: api::PodSandboxConfig,
+    id: String,
+}
+
+/// What a command in a container became.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit code.
+    pub code: i32,
+    /// What it wrote to standard output.
+    pub stdout: String,
+    /// What it wrote to standard error.
+    pub stderr: String,
+}
+
+impl<'a> Cri<'a> {
+    /// One that has [`IMAGE`].
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn new(test: &'a Test) -> Result<Self> {
+        netns::run("ip link set lo up")?;
+        let dir = test.scratch().join("cni");
+        fs::create_dir_all(&dir)?;
+        // A kubelet makes the cgroups of pods.
+        fs::create_dir(cgroup(test)).context("cannot make a cgroup")?;
+        let list = json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [
+            {"type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": false, "ipam": {
+                "type": "host-local", "dataDir": dir.join("leases"),
+                "ranges": [[{"subnet": NETWORK}], [{"subnet": NETWORK6}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            }},
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ]});
+        fs::write(dir.join("pods.conflist"), list.to_string())?;
+        let containerd = Containerd::with_cri(test, &plugin(&dir))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let address = format!("unix://{}", containerd.socket().display());
+        let channel = runtime.block_on(async { Endpoint::new(address)?.connect().await })?;
+        Ok(Self { test, containerd, runtime, client: RuntimeServiceClient::new(channel) })
+    }
+
+    /// What a kubelet says of a pod of this name.
+    pub fn pod_config(&self, name: &str) -> api::PodSandboxConfig {
+        api::PodSandboxConfig {
+            metadata: Some(api::PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("{}-{name}", self.test.id()),
+                namespace: "default".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.logs(name).display().to_string(),
+            linux: Some(api::LinuxPodSandboxConfig {
+                cgroup_parent: format!("/{}", self.test.id()),
+                security_context: Some(api::LinuxSandboxSecurityContext {
+                    namespace_options: Some(api::NamespaceOption {
+                        pid: api::NamespaceMode::Container.into(),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn logs(&self, pod: &str) -> PathBuf {
+        self.test.scratch().join("logs").join(pod)
+    }
+
+    /// Runs a pod without containers.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn run_pod(&self, config: api::PodSandboxConfig) -> Result<Pod<'_>> {
+        fs::create_dir_all(&config.log_directory)?;
+        let request =
+            api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
+        let mut client = self.client.clone();
+        let answer = self.call(client.run_pod_sandbox(request)).context("run a pod")?;
+        Ok(Pod { cri: self, config, id: answer.pod_sandbox_id })
+    }
+
+    /// Ends it; all pods must have been removed.
+    ///
+    /// # Errors
+    /// When something is left.
+    pub fn end(self) -> Result<()> {
+        let Self { test, containerd, runtime, client } = self;
+        drop((client, runtime));
+        containerd.end()?;
+        fs::remove_dir(cgroup(test)).context("a pod has left something in its cgroup")?;
+        // What the bridge plugin makes stays, as on every host.
+        netns::run("ip link delete pods0")?;
+        fs::remove_dir("/run/netns")?;
+        Ok(())
+    }
+
+    fn call<T>(&self, request: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T> {
+        let bounded = async { tokio::time::timeout(time::scaled(time::RUN), request).await };
+        match self.runtime.block_on(bounded) {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => {
+                anyhow::bail!("{:?}: {}\n{}", status.code(), status.message(), self.containerd.log())
+            }
+            Err(_) => anyhow::bail!("no answer in time\n{}", self.containerd.log()),
+        }
+    }
+}
+
+/// The cgroup in which the pods of a test have theirs.
+fn cgroup(test: &Test) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(test.id())
+}
+
+/// The part of containerd's configuration that is about CRI.
+fn plugin(cni: &Path) -> String {
+    format!(
+        "[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = \"{PAUSE}\"\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = \"{HANDLER}\"\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]\nruntime_type = \"{}\"\nprivileged_without_host_devices = true\n\
+         [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dirs = [\"{PLUGINS}\"]\nconf_dir = \"{}\"\n\
+         [plugins.'io.containerd.grpc.v1.cri']\nstream_server_port = \"0\"\n",
+        crate::containerd::RUNTIME,
+        cni.display()
+    )
+}
+
+/// A container that runs a shell script.
+pub fn script(name: &str, script: &str) -> api::ContainerConfig {
+    api::ContainerConfig {
+        metadata: Some(api::ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+        image: Some(api::ImageSpec { image: IMAGE.to_owned(), ..Default::default() }),
+        command: vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()],
+        log_path: format!("{name}.log"),
+        linux: Some(api::LinuxContainerConfig {
+            resources: Some(api::LinuxContainerResources::default()),
+            security_context: Some(api::LinuxContainerSecurityContext {
+                namespace_options: Some(api::NamespaceOption {
+                    pid: api::NamespaceMode::Container.into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+        }),
+        ..Default::default()
+    }
+}
+
+impl Pod<'_> {
+    /// Its ID.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Creates a container in it and starts it; its ID.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn start(&self, config: api::ContainerConfig) -> Result<String> {
+        let id = self.create(config)?;
+        let mut client = self.cri.client.clone();
+        let request = api::StartContainerRequest { container_id: id.clone() };
+        self.cri.call(client.start_container(request)).context("start a container")?;
+        Ok(id)
+    }
+
+    /// Creates a container in it; its ID.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn create(&self, config: api::ContainerConfig) -> Result<String> {
+        let request = api::CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let mut client = self.cri.client.clone();
+        Ok(self.cri.call(client.create_container(request)).context("create a container")?.container_id)
+    }
+
+    /// Runs a shell script in a container that runs.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn exec(&self, container: &str, script: &str) -> Result<Finished> {
+        let request = api::ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()],
+            timeout: 0,
+        };
+        let mut client = self.cri.client.clone();
+        let answer = self.cri.call(client.exec_sync(request)).context("run a command")?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok(Finished { code: answer.exit_code, stdout: text(answer.stdout), stderr: text(answer.stderr) })
+    }
+
+    /// What a script that must succeed writes to standard output.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn sh(&self, container: &str, script: &str) -> Result<String> {
+        let finished = self.exec(container, script)?;
+        ensure!(finished.code == 0, "{script:?}: {finished:?}");
+        Ok(finished.stdout)
+    }
+
+    /// The state of a container.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn status(&self, container: &str) -> Result<api::ContainerStatus> {
+        let request = api::ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
+        let mut client = self.cri.client.clone();
+        self.cri.call(client.container_status(request))?.status.context("no status")
+    }
+
+    /// Waits until a container has ended; how.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn wait(&self, container: &str) -> Result<api::ContainerStatus> {
+        let mut last = None;
+        time::until("the container has ended", || {
+            let status = self.status(container)?;
+            let ended = status.state() == api::ContainerState::ContainerExited;
+            last = Some(status);
+            Ok(ended)
+        })?;
+        last.context("no status")
+    }
+
+    /// What a container has written so far, without what containerd puts before each line.
+    ///
+    /// # Errors
+    /// When there is no log.
+    pub fn log(&self, name: &str) -> Result<String> {
+        let text = fs::read_to_string(Path::new(&self.config.log_directory).join(format!("{name}.log")))?;
+        // Time, stream, whether it is a whole line.
+        Ok(text
+            .lines()
+            .filter_map(|line| line.splitn(4, ' ').nth(3))
+            .map(|line| format!("{line}\n"))
+            .collect())
+    }
+
+    /// Stops a container, within so many seconds or by force.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn stop(&self, container: &str, grace: Duration) -> Result<()> {
+        let timeout = i64::try_from(grace.as_secs())?;
+        let request = api::StopContainerRequest { container_id: container.to_owned(), timeout };
+        let mut client = self.cri.client.clone();
+        self.cri.call(client.stop_container(request)).context("stop a container").map(drop)
+    }
+
+    /// Removes a container.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn remove_container(&self, container: &str) -> Result<()> {
+        let request = api::RemoveContainerRequest { container_id: container.to_owned() };
+        let mut client = self.cri.client.clone();
+        self.cri.call(client.remove_container(request)).context("remove a container").map(drop)
+    }
+
+    /// Changes the limits of a container.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn update(&self, container: &str, resources: api::LinuxContainerResources) -> Result<()> {
+        let request = api::UpdateContainerResourcesRequest {
+            container_id: container.to_owned(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        let mut client = self.cri.client.clone();
+        self.cri.call(client.update_container_resources(request)).context("change limits").map(drop)
+    }
+
+    /// Its state.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn pod_status(&self) -> Result<api::PodSandboxStatus> {
+        let request = api::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
+        let mut client = self.cri.client.clone();
+        self.cri.call(client.pod_sandbox_status(request))?.status.context("no status")
+    }
+
+    /// Its first address.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn address(&self) -> Result<String> {
+        let network = self.pod_status()?.network.context("no network")?;
+        ensure!(!network.ip.is_empty(), "no address");
+        Ok(network.ip)
+    }
+
+    /// Stops it and removes it with all that is in it.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn remove(self) -> Result<()> {
+        let mut client = self.cri.client.clone();
+        let request = api::StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.cri.call(client.stop_pod_sandbox(request)).context("stop a pod")?;
+        let request = api::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.cri.call(client.remove_pod_sandbox(request)).context("remove a pod").map(drop)
+    }
+}

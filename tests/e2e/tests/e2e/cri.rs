@@ -1,0 +1,365 @@
+//! Pods, as a kubelet has containerd's CRI plugin run them with our shim.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_cri::v1 as api;
+use kvrun_e2e::containerd::SHIM;
+use kvrun_e2e::cri::{Cri, HOST, Pod, script};
+use kvrun_e2e::{Case, Test, cases, time};
+use rustix::process::{Signal, pidfd_send_signal};
+
+pub(crate) const CASES: &[Case] = cases![
+    containers_of_a_pod_share_a_machine_and_come_and_go,
+    pods_reach_each_other_by_every_way,
+    volumes_are_seen_as_they_change,
+    security_context_holds,
+    limits_hold_and_can_be_changed,
+    pod_whose_machine_died_is_told_so_and_leaves_nothing,
+];
+
+/// How long a container has to end when it is asked to.
+const GRACE: Duration = Duration::from_secs(30);
+const SLEEP: &str = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
+
+/// Waits for what a container writes.
+fn until_logged(pod: &Pod<'_>, name: &str, words: &str) -> Result<()> {
+    time::until(words, || Ok(pod.log(name)?.contains(words)))
+}
+
+fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
+    api::Mount {
+        host_path: host.display().to_string(),
+        container_path: container.to_owned(),
+        readonly,
+        ..Default::default()
+    }
+}
+
+/// Gets `/page` at an address.
+fn get(address: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
+    write!(stream, "GET /page HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer.rsplit("\r\n").next().unwrap_or_default().to_owned())
+}
+
+fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = cri.run_pod(cri.pod_config("web"))?;
+    ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady);
+    let volume = t.scratch().join("volume");
+    fs::create_dir(&volume)?;
+    let with_volume = |name: &str, text: &str| {
+        let mut config = script(name, text);
+        config.mounts.push(mount(&volume, "/volume", false));
+        config
+    };
+    // An init container ends before the others begin, and leaves them something.
+    let init = pod.start(with_volume("init", "echo made > /volume/page; hostname; exit 0"))?;
+    let ended = pod.wait(&init)?;
+    ensure!(ended.exit_code == 0 && ended.reason == "Completed", "{ended:?}");
+    ensure!(pod.log("init")? == "web\n", "{}", pod.log("init")?);
+
+    let mut server =
+        with_volume("server", "trap 'exit 3' TERM; httpd -h /volume -p 80; echo up $A; sleep 1000 & wait");
+    server.envs.push(api::KeyValue { key: "A".to_owned(), value: "b".to_owned() });
+    let server = pod.start(server)?;
+    until_logged(&pod, "server", "up b")?;
+    let client = pod.start(script("client", SLEEP))?;
+    let boot = |id: &str| pod.sh(id, "cat /proc/sys/kernel/random/boot_id; ls /sys/class/net | tr '\\n' ' '");
+    ensure!(boot(&server)? == boot(&client)?, "one machine");
+    ensure!(t.vmms()?.len() == 1, "one machine");
+    ensure!(pod.sh(&client, "wget -q -O - http://127.0.0.1/page")? == "made\n");
+    // Each sees its own processes.
+    ensure!(pod.sh(&client, "ps -o comm | grep -c httpd || true")? == "0\n");
+    let finished = pod.exec(&server, "echo out; echo problem >&2; exit 5")?;
+    ensure!(
+        (finished.code, &*finished.stdout, &*finished.stderr) == (5, "out\n", "problem\n"),
+        "{finished:?}"
+    );
+
+    pod.stop(&server, GRACE)?;
+    let ended = pod.status(&server)?;
+    ensure!(ended.exit_code == 3 && ended.reason == "Error", "{ended:?}");
+    pod.remove_container(&server)?;
+    // Restarted: the same name, another attempt.
+    let mut again = with_volume("server", "cat /volume/page; exit 7");
+    again.metadata = Some(api::ContainerMetadata { name: "server".to_owned(), attempt: 1 });
+    let again = pod.start(again)?;
+    ensure!(pod.wait(&again)?.exit_code == 7);
+    ensure!(pod.log("server")?.ends_with("made\n"), "{}", pod.log("server")?);
+    // One that does not end when it is asked is killed; one whose program is not there is told so.
+    let stubborn = pod.start(script("stubborn", "trap '' TERM; echo up; while :; do sleep 1; done"))?;
+    until_logged(&pod, "stubborn", "up")?;
+    pod.stop(&stubborn, Duration::from_secs(1))?;
+    ensure!(pod.status(&stubborn)?.exit_code == 137, "{:?}", pod.status(&stubborn)?);
+    let mut missing = script("missing", "");
+    missing.command = vec!["/no/such/program".to_owned()];
+    let error = pod.start(missing).err().context("it cannot run")?;
+    ensure!(format!("{error:#}").contains("does not exist in the container"), "{error:#}");
+    pod.remove()?;
+    cri.end()
+}
+
+fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let mut config = cri.pod_config("server");
+    config.port_mappings.push(api::PortMapping {
+        protocol: api::Protocol::Tcp.into(),
+        container_port: 80,
+        host_port: 8080,
+        host_ip: String::new(),
+    });
+    let server = cri.run_pod(config)?;
+    server.start(script(
+        "web",
+        "mkdir /www; echo served > /www/page; httpd -h /www -p 80; echo up; exec sleep 1000",
+    ))?;
+    until_logged(&server, "web", "up")?;
+    let mut config = cri.pod_config("client");
+    config.dns_config = Some(api::DnsConfig {
+        servers: vec!["10.88.0.1".to_owned()],
+        searches: vec!["default.svc".to_owned()],
+        options: vec!["ndots:5".to_owned()],
+    });
+    let client = cri.run_pod(config)?;
+    let id = client.start(script("shell", SLEEP))?;
+    ensure!(t.vmms()?.len() == 2, "a machine each");
+    let status = server.pod_status()?.network.context("no network")?;
+    let address6 = &status.additional_ips.first().context("no second address")?.ip;
+    let address = status.ip;
+    ensure!(client.sh(&id, &format!("wget -q -O - http://{address}/page"))? == "served\n");
+    ensure!(client.sh(&id, &format!("wget -q -O - http://[{address6}]/page"))? == "served\n");
+    client.sh(&id, &format!("ping -c 2 -q {address} && ping -c 2 -q {HOST}"))?;
+    ensure!(get(&format!("{address}:80"))? == "served\n");
+    // By the port of the host, which CNI's portmap leads on.
+    ensure!(get(&format!("{HOST}:8080"))? == "served\n");
+    let resolver = client.sh(&id, "cat /etc/resolv.conf")?;
+    ensure!(resolver == "search default.svc\nnameserver 10.88.0.1\noptions ndots:5\n", "{resolver}");
+    ensure!(client.sh(&id, "cat /etc/hostname")? == "client\n");
+    let names = Names::serve(&format!("{HOST}:53"), &address)?;
+    ensure!(client.sh(&id, "wget -q -O - http://server.default.svc/page")? == "served\n");
+    names.end()?;
+    server.remove()?;
+    client.remove()?;
+    cri.end()
+}
+
+/// A name server by whom every name has one IPv4 address.
+struct Names {
+    address: SocketAddr,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Names {
+    fn serve(at: &str, answer: &str) -> Result<Self> {
+        let socket = UdpSocket::bind(at)?;
+        let address = socket.local_addr()?;
+        let answer: Ipv4Addr = answer.parse()?;
+        let thread = thread::spawn(move || -> Result<()> {
+            let mut message = [0; 512];
+            loop {
+                let (length, from) = socket.recv_from(&mut message)?;
+                if length == 0 {
+                    return Ok(());
+                }
+                // RFC 1035, 4.1: a response; of an address for the question (A), of nothing for any other. The name is that of the question.
+                let mut response = message[..length].to_vec();
+                response[2..4].copy_from_slice(&[0x81, 0x80]);
+                let is_address = response[length - 4..] == [0, 1, 0, 1];
+                response[7] = u8::from(is_address);
+                if is_address {
+                    response.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+                    response.extend(answer.octets());
+                }
+                socket.send_to(&response, from)?;
+            }
+        });
+        Ok(Self { address, thread })
+    }
+
+    fn end(self) -> Result<()> {
+        UdpSocket::bind((HOST, 0))?.send_to(&[], self.address)?;
+        self.thread.join().map_err(|_| anyhow::anyhow!("the name server panicked"))?
+    }
+}
+
+/// As a kubelet writes a configMap, a secret or a projected volume: a directory swapped as a whole.
+fn publish(volume: &Path, version: &str) -> Result<()> {
+    let data = volume.join(format!("..{version}"));
+    fs::create_dir(&data)?;
+    fs::write(data.join("key"), format!("{version}\n"))?;
+    symlink(format!("..{version}"), volume.join("..data_tmp"))?;
+    fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
+    if !volume.join("key").exists() {
+        symlink("..data/key", volume.join("key"))?;
+    }
+    Ok(())
+}
+
+fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = cri.run_pod(cri.pod_config("volumes"))?;
+    let path = |name: &str| t.scratch().join(name);
+    for dir in ["config", "shared", "other"] {
+        fs::create_dir(path(dir))?;
+    }
+    publish(&path("config"), "one")?;
+    for file in ["hosts", "log", "sub"] {
+        fs::write(path(file), format!("{file}\n"))?;
+    }
+    fs::set_permissions(path("shared"), fs::Permissions::from_mode(0o777))?;
+    let mut first = script("first", SLEEP);
+    first.mounts = vec![
+        mount(&path("config"), "/config", true),
+        mount(&path("shared"), "/shared", false),
+        mount(&path("other"), "/shared/nested", false),
+        mount(&path("sub"), "/etc/sub/path", true),
+        mount(&path("hosts"), "/etc/hosts", false),
+        mount(&path("log"), "/dev/termination-log", false),
+    ];
+    let mut second = script("second", SLEEP);
+    second.mounts = vec![mount(&path("shared"), "/shared", false)];
+    let (first, second) = (pod.start(first)?, pod.start(second)?);
+    ensure!(pod.sh(&first, "cat /config/key /etc/sub/path /etc/hosts")? == "one\nsub\nhosts\n");
+    publish(&path("config"), "two")?;
+    time::until("the new version is seen", || Ok(pod.sh(&first, "cat /config/key")? == "two\n"))?;
+    for refused in ["/config/key", "/etc/sub/path"] {
+        let finished = pod.exec(&first, &format!("echo x > {refused}"))?;
+        ensure!(finished.code != 0 && finished.stderr.contains("Read-only file system"), "{finished:?}");
+    }
+    pod.sh(
+        &first,
+        "echo first > /shared/file; echo nested > /shared/nested/file; echo why > /dev/termination-log",
+    )?;
+    ensure!(pod.sh(&second, "cat /shared/file; ls /shared/nested")? == "first\n");
+    ensure!(fs::read_to_string(path("other").join("file"))? == "nested\n");
+    ensure!(fs::read_to_string(path("log"))? == "why\n");
+    let size = pod.sh(&first, "df -k /dev/shm | tail -n 1 | awk '{print $2}'")?;
+    ensure!(size == "65536\n", "{size}");
+    pod.remove()?;
+    cri.end()
+}
+
+fn security_context_holds(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let mut config = cri.pod_config("secure");
+    if let Some(linux) = &mut config.linux {
+        linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned());
+    }
+    let pod = cri.run_pod(config)?;
+    let text = "exec 2>/dev/null; id -u; id -G; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status | tr -d '\\t'; \
+        echo x > /file || echo root: no; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; wc -c < /proc/cpuinfo";
+    let mut config = script("secure", text);
+    let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()).context("none")?;
+    context.run_as_user = Some(api::Int64Value { value: 1000 });
+    context.run_as_group = Some(api::Int64Value { value: 1001 });
+    context.supplemental_groups = vec![2000];
+    context.readonly_rootfs = true;
+    context.no_new_privs = true;
+    context.seccomp = Some(api::SecurityProfile {
+        profile_type: api::security_profile::ProfileType::RuntimeDefault.into(),
+        localhost_ref: String::new(),
+    });
+    context.masked_paths = vec!["/proc/cpuinfo".to_owned()];
+    pod.wait(&pod.start(config)?)?;
+    let log = pod.log("secure")?;
+    for line in [
+        "1000\n1001 2000\n",
+        "CapEff:0000000000000000\n",
+        "NoNewPrivs:1\n",
+        "Seccomp:2\n",
+        "root: no\n0\n",
+        "\n0\n",
+    ] {
+        ensure!(log.contains(line), "{line:?}: {log}");
+    }
+    pod.remove()?;
+
+    // Privileged is what it is in the guest: there are no devices of the host.
+    let mut config = cri.pod_config("privileged");
+    if let Some(context) = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()) {
+        context.privileged = true;
+    }
+    let pod = cri.run_pod(config)?;
+    let text = "grep CapEff /proc/self/status; mkdir /mnt && mount -t tmpfs none /mnt && echo mounted; test -e /dev/vda || echo no disk";
+    let mut config = script("privileged", text);
+    if let Some(context) = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()) {
+        context.privileged = true;
+    }
+    let ended = pod.wait(&pod.start(config)?)?;
+    let log = pod.log("privileged")?;
+    ensure!(ended.exit_code == 0 && log.contains("CapEff:\t000001ffffffffff\nmounted\nno disk\n"), "{log}");
+    pod.remove()?;
+    cri.end()
+}
+
+fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    // What its containers come to, as a kubelet adds it up.
+    let mut config = cri.pod_config("limits");
+    config.linux.as_mut().context("none")?.resources = Some(api::LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 150_000,
+        memory_limit_in_bytes: 256 << 20,
+        ..Default::default()
+    });
+    let pod = cri.run_pod(config)?;
+    let limited = |memory: i64| api::LinuxContainerResources {
+        memory_limit_in_bytes: memory,
+        cpu_period: 100_000,
+        cpu_quota: 50_000,
+        cpu_shares: 512,
+        ..Default::default()
+    };
+    let mut config = script("limited", SLEEP);
+    config.linux.as_mut().context("none")?.resources = Some(limited(64 << 20));
+    let id = pod.start(config)?;
+    let files = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
+    ensure!(pod.sh(&id, files)? == "67108864\n50000 100000\n20\n", "{}", pod.sh(&id, files)?);
+    ensure!(pod.sh(&id, "nproc")? == "2\n", "the machine has 1.5 CPUs, rounded up");
+    let total: u64 = pod.sh(&id, "awk '/MemTotal/ {print $2}' /proc/meminfo")?.trim().parse()?;
+    ensure!((256 << 10..384 << 10).contains(&total), "the machine has {total} KiB");
+    pod.update(&id, limited(96 << 20))?;
+    ensure!(pod.sh(&id, files)?.starts_with("100663296\n"), "{}", pod.sh(&id, files)?);
+
+    let mut hungry = script("hungry", "exec dd if=/dev/zero of=/dev/null bs=64M count=1");
+    hungry.linux.as_mut().context("none")?.resources = Some(limited(32 << 20));
+    let ended = pod.wait(&pod.start(hungry)?)?;
+    ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
+    ensure!(pod.sh(&id, "echo fine")? == "fine\n", "the others are not killed");
+    pod.remove()?;
+    cri.end()
+}
+
+fn pod_whose_machine_died_is_told_so_and_leaves_nothing(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    for round in ["vmm", "shim"] {
+        let pod = cri.run_pod(cri.pod_config(round))?;
+        let id = pod.start(script("sleeper", SLEEP))?;
+        until_logged(&pod, "sleeper", "up")?;
+        let killed = if round == "vmm" { t.vmms()? } else { t.processes(SHIM)? };
+        for (_, process) in killed {
+            pidfd_send_signal(process, Signal::KILL)?;
+        }
+        let ended = pod.wait(&id)?;
+        ensure!(round == "shim" || ended.exit_code == 137, "{round}: {ended:?}");
+        time::until("the pod is not ready", || {
+            Ok(pod.pod_status()?.state() == api::PodSandboxState::SandboxNotready)
+        })?;
+        pod.remove()?;
+    }
+    let pod = cri.run_pod(cri.pod_config("next"))?;
+    let id = pod.start(script("sleeper", SLEEP))?;
+    ensure!(pod.sh(&id, "echo fine")? == "fine\n");
+    pod.remove()?;
+    cri.end()
+}
