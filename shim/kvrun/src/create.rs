@@ -175,7 +175,7 @@ impl Creation<'_> {
                 let (pod, process, streams) = created;
                 let copying = Copying::start(stdio, streams)?;
                 let (monitor, container) = prepared.serve(&pod, process, bundle)?;
-                showing.show();
+                showing.show()?;
                 self.ready()?;
                 prepared.dir().keep();
                 let end = attend(&Own(&container), &signals, early, terminal.as_ref()).await?;
@@ -229,7 +229,7 @@ impl Creation<'_> {
                 // The monitor has them now.
                 drop((trees, config));
                 let copying = Copying::start(stdio, streams)?;
-                showing.show();
+                showing.show()?;
                 self.ready()?;
                 dir.keep();
                 let end = attend(&process, &signals, Vec::new(), terminal.as_ref()).await?;

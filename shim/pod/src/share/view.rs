@@ -72,7 +72,7 @@ fn attach(tree: impl AsFd, root: impl AsFd, destination: &Path) -> io::Result<()
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let target = match rustix::fs::openat2(root, destination, flags, Mode::empty(), resolve) {
         Ok(target) => target,
-        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
