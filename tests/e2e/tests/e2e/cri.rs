@@ -17,6 +17,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
+    processes_are_seen_by_whom_it_is_asked_for,
     pods_reach_each_other_by_every_way,
     volumes_are_seen_as_they_change,
     security_context_holds,
@@ -105,6 +106,46 @@ fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
     missing.command = vec!["/no/such/program".to_owned()];
     let error = pod.start(missing).err().context("it cannot run")?;
     ensure!(format!("{error:#}").contains("does not exist in the container"), "{error:#}");
+    pod.remove()?;
+    cri.end()
+}
+
+fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let shared = |mode: api::NamespaceMode, target: &str| api::NamespaceOption {
+        pid: mode.into(),
+        target_id: target.to_owned(),
+        ..Default::default()
+    };
+    let container = |name: &str, options: api::NamespaceOption| -> Result<api::ContainerConfig> {
+        let mut config = script(name, SLEEP);
+        let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
+        context.context("none")?.namespace_options = Some(options);
+        Ok(config)
+    };
+    let first_process = |pod: &Pod<'_>, id: &str| pod.sh(id, "tr '\\0' ' ' < /proc/1/cmdline");
+    // shareProcessNamespace: the first process is the sandbox's.
+    let mut config = cri.pod_config("shared");
+    let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
+    context.context("none")?.namespace_options = Some(shared(api::NamespaceMode::Pod, ""));
+    let pod = cri.run_pod(config)?;
+    let first = pod.start(container("first", shared(api::NamespaceMode::Pod, ""))?)?;
+    let second = pod.start(container("second", shared(api::NamespaceMode::Pod, ""))?)?;
+    for id in [&first, &second] {
+        ensure!(first_process(&pod, id)?.starts_with("sleep 2147483647"), "{}", first_process(&pod, id)?);
+        ensure!(pod.sh(id, "ps -o args | grep -c '[s]leep 1000'")? == "4\n", "{}", pod.sh(id, "ps")?);
+    }
+    pod.remove()?;
+    // An ephemeral container looks at one that is there already.
+    let pod = cri.run_pod(cri.pod_config("looked-at"))?;
+    let first = pod.start(container("first", shared(api::NamespaceMode::Container, ""))?)?;
+    let debugger = pod.start(container("debugger", shared(api::NamespaceMode::Target, &first))?)?;
+    ensure!(first_process(&pod, &debugger)?.starts_with("sh -c trap"), "{}", first_process(&pod, &debugger)?);
+    ensure!(
+        pod.sh(&debugger, "ps -o args | grep -c '[s]leep 1000'")? == "4\n",
+        "{}",
+        pod.sh(&debugger, "ps")?
+    );
     pod.remove()?;
     cri.end()
 }
