@@ -15,10 +15,9 @@ use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
-    GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, Names,
-    ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest,
-    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, UpdateContainerRequest,
-    WaitProcessResponse, look_at_proc_response,
+    GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, ProcessInfo,
+    ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio,
+    UnbindSlotRequest, UnmountRequest, UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -30,9 +29,9 @@ use ttrpc::{Code, get_status};
 use crate::cgroup::limits::{self, LimitError};
 use crate::cgroup::stats;
 use crate::container::list::list;
-use crate::container::own_proc::{self, Entry};
+use crate::container::own_proc;
 use crate::container::spec::{SpecError, find_namespaces};
-use crate::container::{ContainerError, ContainerId, ContainerSpec, Containers, Engine};
+use crate::container::{Container, ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
 use crate::mounts::{Mount, MountError, Mounts, forget_directory};
@@ -177,9 +176,12 @@ impl AgentService {
         Ok(())
     }
 
+    fn container(&self, id: &str) -> Result<Arc<Container>, Failure> {
+        Ok(self.0.containers.get(&container_id(id)?)?)
+    }
+
     async fn freeze(&self, request: &ContainerRequest, frozen: bool) -> ttrpc::Result<Empty> {
-        let id = container_id(&request.container_id)?;
-        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let container = self.container(&request.container_id)?;
         detached(async move { Ok(container.freeze(frozen).await?) }).await?;
         Ok(Empty::new())
     }
@@ -285,8 +287,7 @@ impl Agent for AgentService {
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
-        let id = container_id(&request.container_id)?;
-        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let container = self.container(&request.container_id)?;
         detached(async move { Ok(container.start().await?) }).await?;
         Ok(Empty::new())
     }
@@ -313,8 +314,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
-        let id = container_id(&request.container_id)?;
-        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let container = self.container(&request.container_id)?;
         let init = container.process().map_err(Failure::from)?.pid;
         let cgroup = container.cgroup().clone();
         let listed = blocking(move || Ok(list(init, &cgroup.processes()))).await?;
@@ -340,19 +340,13 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         request: LookAtProcRequest,
     ) -> ttrpc::Result<LookAtProcResponse> {
-        let id = container_id(&request.container_id)?;
-        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let container = self.container(&request.container_id)?;
         let init = container.process().map_err(Failure::from)?.pid;
-        let looked = move || own_proc::look(init, Path::new(&request.path));
-        let entry = match blocking(move || Ok(looked())).await? {
-            Ok(Entry::Directory(names)) => {
-                look_at_proc_response::Entry::Directory(Names { names, ..Default::default() })
-            }
-            Ok(Entry::File(data)) => look_at_proc_response::Entry::File(data),
-            Ok(Entry::Link(target)) => look_at_proc_response::Entry::Link(target),
-            Err(error) => return Err(Failure::new(Code::NOT_FOUND, error.to_string()).into()),
+        let look = move || {
+            let looked = own_proc::look(init, Path::new(&request.path));
+            looked.map_err(|error| Failure::new(Code::NOT_FOUND, error.to_string()))
         };
-        Ok(LookAtProcResponse { entry: Some(entry), ..Default::default() })
+        Ok(LookAtProcResponse { entry: Some(blocking(look).await?), ..Default::default() })
     }
 
     async fn container_stats(
@@ -360,8 +354,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> ttrpc::Result<ContainerStatsResponse> {
-        let id = container_id(&request.container_id)?;
-        let dir = self.0.containers.get(&id).map_err(Failure::from)?.cgroup().dir();
+        let dir = self.container(&request.container_id)?.cgroup().dir();
         let mut response = ContainerStatsResponse::new();
         response.counters = blocking(move || Ok(stats::read(&dir))).await?;
         Ok(response)
@@ -385,8 +378,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         request: ProcessRequest,
     ) -> ttrpc::Result<WaitProcessResponse> {
-        let id = container_id(&request.container_id)?;
-        let container = self.0.containers.get(&id).map_err(Failure::from)?;
+        let container = self.container(&request.container_id)?;
         let process = container.process_named(&request.exec_id).map_err(Failure::from)?;
         // The container may be removed meanwhile.
         let container = Arc::downgrade(&container);

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use kvrun_agent_api::agent::{Names, look_at_proc_response::Entry};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, fstatfs, openat2};
 
 use crate::oci::in_root;
@@ -13,17 +14,6 @@ use crate::oci::in_root;
 const MAX_DATA: u64 = 64 * 1024;
 /// The most names that are read of a directory.
 const MAX_NAMES: usize = 32 * 1024;
-
-/// What is at a path.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// A directory, with these names in it.
-    Directory(Vec<String>),
-    /// A file that says this.
-    File(Vec<u8>),
-    /// A symbolic link to this.
-    Link(Vec<u8>),
-}
 
 /// Looks at a path below the `/proc` of a process of the container, as that has it mounted. Only what procfs itself has there is found: nothing that
 /// somebody has mounted over it, and nothing behind a link.
@@ -61,7 +51,7 @@ fn names(dir: impl AsFd) -> io::Result<Entry> {
             names.push(name);
         }
     }
-    Ok(Entry::Directory(names))
+    Ok(Entry::Directory(Names { names, ..Default::default() }))
 }
 
 #[cfg(test)]
@@ -73,7 +63,7 @@ mod tests {
         let me = std::process::id();
         let look = |path: &str| look(me as i32, Path::new(path));
         let Entry::Directory(names) = look("").unwrap() else { panic!("not a directory") };
-        assert!(names.contains(&me.to_string()) && names.contains(&"stat".to_owned()));
+        assert!([me.to_string(), "stat".to_owned()].iter().all(|name| names.names.contains(name)));
         let Entry::File(status) = look(&format!("{me}/status")).unwrap() else { panic!("not a file") };
         assert!(String::from_utf8(status).unwrap().contains(&format!("\nPid:\t{me}\n")));
         let Entry::Link(namespace) = look(&format!("{me}/ns/pid")).unwrap() else { panic!("not a link") };
