@@ -25,13 +25,15 @@ const NETWORK6: &str = "fd88::/64";
 /// The host on it.
 pub const HOST: &str = "10.88.0.1";
 
+type Client = RuntimeServiceClient<Channel>;
+
 /// A containerd with its CRI plugin.
 #[derive(Debug)]
 pub struct Cri<'a> {
     test: &'a Test,
     containerd: Containerd<'a>,
     runtime: tokio::runtime::Runtime,
-    client: RuntimeServiceClient<Channel>,
+    client: Client,
 }
 
 /// A pod that runs.
@@ -77,7 +79,7 @@ impl<'a> Cri<'a> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix://{}", containerd.socket().display());
         let channel = runtime.block_on(async { Endpoint::new(address)?.connect().await })?;
-        Ok(Self { test, containerd, runtime, client: RuntimeServiceClient::new(channel) })
+        Ok(Self { test, containerd, runtime, client: Client::new(channel) })
     }
 
     /// What a kubelet says of a pod of this name.
@@ -94,10 +96,7 @@ impl<'a> Cri<'a> {
             linux: Some(api::LinuxPodSandboxConfig {
                 cgroup_parent: format!("/{}", self.test.id()),
                 security_context: Some(api::LinuxSandboxSecurityContext {
-                    namespace_options: Some(api::NamespaceOption {
-                        pid: api::NamespaceMode::Container.into(),
-                        ..Default::default()
-                    }),
+                    namespace_options: Some(processes(api::NamespaceMode::Container)),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -118,8 +117,8 @@ impl<'a> Cri<'a> {
         fs::create_dir_all(&config.log_directory)?;
         let request =
             api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
-        let mut client = self.client.clone();
-        let answer = self.call(client.run_pod_sandbox(request)).context("run a pod")?;
+        let answer =
+            self.call(async |mut client| client.run_pod_sandbox(request).await).context("run a pod")?;
         Ok(Pod { cri: self, config, id: answer.pod_sandbox_id })
     }
 
@@ -138,8 +137,12 @@ impl<'a> Cri<'a> {
         Ok(())
     }
 
-    fn call<T>(&self, request: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Result<T> {
-        let bounded = async { tokio::time::timeout(time::scaled(time::RUN), request).await };
+    fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(Client) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> Result<T> {
+        let answer = call(self.client.clone());
+        let bounded = async { tokio::time::timeout(time::scaled(time::RUN), answer).await };
         match self.runtime.block_on(bounded) {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(status)) => {
@@ -168,6 +171,11 @@ fn plugin(cni: &Path) -> String {
     )
 }
 
+/// Whose processes are seen.
+pub fn processes(mode: api::NamespaceMode) -> api::NamespaceOption {
+    api::NamespaceOption { pid: mode.into(), ..Default::default() }
+}
+
 /// A container that runs a shell script.
 pub fn script(name: &str, script: &str) -> api::ContainerConfig {
     api::ContainerConfig {
@@ -178,10 +186,7 @@ pub fn script(name: &str, script: &str) -> api::ContainerConfig {
         linux: Some(api::LinuxContainerConfig {
             resources: Some(api::LinuxContainerResources::default()),
             security_context: Some(api::LinuxContainerSecurityContext {
-                namespace_options: Some(api::NamespaceOption {
-                    pid: api::NamespaceMode::Container.into(),
-                    ..Default::default()
-                }),
+                namespace_options: Some(processes(api::NamespaceMode::Container)),
                 ..Default::default()
             }),
         }),
@@ -190,20 +195,16 @@ pub fn script(name: &str, script: &str) -> api::ContainerConfig {
 }
 
 impl Pod<'_> {
-    /// Its ID.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
     /// Creates a container in it and starts it; its ID.
     ///
     /// # Errors
     /// What containerd says.
     pub fn start(&self, config: api::ContainerConfig) -> Result<String> {
         let id = self.create(config)?;
-        let mut client = self.cri.client.clone();
         let request = api::StartContainerRequest { container_id: id.clone() };
-        self.cri.call(client.start_container(request)).context("start a container")?;
+        self.cri
+            .call(async |mut client| client.start_container(request).await)
+            .context("start a container")?;
         Ok(id)
     }
 
@@ -217,8 +218,11 @@ impl Pod<'_> {
             config: Some(config),
             sandbox_config: Some(self.config.clone()),
         };
-        let mut client = self.cri.client.clone();
-        Ok(self.cri.call(client.create_container(request)).context("create a container")?.container_id)
+        Ok(self
+            .cri
+            .call(async |mut client| client.create_container(request).await)
+            .context("create a container")?
+            .container_id)
     }
 
     /// Runs a shell script in a container that runs.
@@ -231,8 +235,8 @@ impl Pod<'_> {
             cmd: vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()],
             timeout: 0,
         };
-        let mut client = self.cri.client.clone();
-        let answer = self.cri.call(client.exec_sync(request)).context("run a command")?;
+        let answer =
+            self.cri.call(async |mut client| client.exec_sync(request).await).context("run a command")?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok(Finished { code: answer.exit_code, stdout: text(answer.stdout), stderr: text(answer.stderr) })
     }
@@ -253,8 +257,7 @@ impl Pod<'_> {
     /// What containerd says.
     pub fn status(&self, container: &str) -> Result<api::ContainerStatus> {
         let request = api::ContainerStatusRequest { container_id: container.to_owned(), verbose: false };
-        let mut client = self.cri.client.clone();
-        self.cri.call(client.container_status(request))?.status.context("no status")
+        self.cri.call(async |mut client| client.container_status(request).await)?.status.context("no status")
     }
 
     /// Waits until a container has ended; how.
@@ -293,8 +296,10 @@ impl Pod<'_> {
     pub fn stop(&self, container: &str, grace: Duration) -> Result<()> {
         let timeout = i64::try_from(grace.as_secs())?;
         let request = api::StopContainerRequest { container_id: container.to_owned(), timeout };
-        let mut client = self.cri.client.clone();
-        self.cri.call(client.stop_container(request)).context("stop a container").map(drop)
+        self.cri
+            .call(async |mut client| client.stop_container(request).await)
+            .context("stop a container")
+            .map(drop)
     }
 
     /// Removes a container.
@@ -303,8 +308,10 @@ impl Pod<'_> {
     /// What containerd says.
     pub fn remove_container(&self, container: &str) -> Result<()> {
         let request = api::RemoveContainerRequest { container_id: container.to_owned() };
-        let mut client = self.cri.client.clone();
-        self.cri.call(client.remove_container(request)).context("remove a container").map(drop)
+        self.cri
+            .call(async |mut client| client.remove_container(request).await)
+            .context("remove a container")
+            .map(drop)
     }
 
     /// Changes the limits of a container.
@@ -317,8 +324,10 @@ impl Pod<'_> {
             linux: Some(resources),
             ..Default::default()
         };
-        let mut client = self.cri.client.clone();
-        self.cri.call(client.update_container_resources(request)).context("change limits").map(drop)
+        self.cri
+            .call(async |mut client| client.update_container_resources(request).await)
+            .context("change limits")
+            .map(drop)
     }
 
     /// Its state.
@@ -327,18 +336,10 @@ impl Pod<'_> {
     /// What containerd says.
     pub fn pod_status(&self) -> Result<api::PodSandboxStatus> {
         let request = api::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
-        let mut client = self.cri.client.clone();
-        self.cri.call(client.pod_sandbox_status(request))?.status.context("no status")
-    }
-
-    /// Its first address.
-    ///
-    /// # Errors
-    /// When it has none.
-    pub fn address(&self) -> Result<String> {
-        let network = self.pod_status()?.network.context("no network")?;
-        ensure!(!network.ip.is_empty(), "no address");
-        Ok(network.ip)
+        self.cri
+            .call(async |mut client| client.pod_sandbox_status(request).await)?
+            .status
+            .context("no status")
     }
 
     /// Stops it and removes it with all that is in it.
@@ -346,10 +347,12 @@ impl Pod<'_> {
     /// # Errors
     /// What containerd says.
     pub fn remove(self) -> Result<()> {
-        let mut client = self.cri.client.clone();
         let request = api::StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.cri.call(client.stop_pod_sandbox(request)).context("stop a pod")?;
+        self.cri.call(async |mut client| client.stop_pod_sandbox(request).await).context("stop a pod")?;
         let request = api::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.cri.call(client.remove_pod_sandbox(request)).context("remove a pod").map(drop)
+        self.cri
+            .call(async |mut client| client.remove_pod_sandbox(request).await)
+            .context("remove a pod")
+            .map(drop)
     }
 }

@@ -1,8 +1,7 @@
 //! Pods, as a kubelet has containerd's CRI plugin run them with our shim.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
@@ -10,10 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
+use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::SHIM;
-use kvrun_e2e::cri::{Cri, HOST, Pod, script};
+use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
 use kvrun_e2e::{Case, Test, cases, time};
 use rustix::process::{Signal, pidfd_send_signal};
+
+use crate::engines::is_served;
 
 pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
@@ -43,13 +45,16 @@ fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
     }
 }
 
-/// Gets `/page` at an address.
-fn get(address: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
-    write!(stream, "GET /page HTTP/1.0\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer.rsplit("\r\n").next().unwrap_or_default().to_owned())
+/// What a pod is allowed.
+fn of_pod(config: &mut api::PodSandboxConfig) -> Result<&mut api::LinuxSandboxSecurityContext> {
+    let linux = config.linux.as_mut();
+    linux.and_then(|linux| linux.security_context.as_mut()).context("no security context")
+}
+
+/// What a container is allowed.
+fn of_container(config: &mut api::ContainerConfig) -> Result<&mut api::LinuxContainerSecurityContext> {
+    let linux = config.linux.as_mut();
+    linux.and_then(|linux| linux.security_context.as_mut()).context("no security context")
 }
 
 fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
@@ -112,25 +117,18 @@ fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
 
 fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
     let cri = Cri::new(t)?;
-    let shared = |mode: api::NamespaceMode, target: &str| api::NamespaceOption {
-        pid: mode.into(),
-        target_id: target.to_owned(),
-        ..Default::default()
-    };
     let container = |name: &str, options: api::NamespaceOption| -> Result<api::ContainerConfig> {
         let mut config = script(name, SLEEP);
-        let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
-        context.context("none")?.namespace_options = Some(options);
+        of_container(&mut config)?.namespace_options = Some(options);
         Ok(config)
     };
     let first_process = |pod: &Pod<'_>, id: &str| pod.sh(id, "tr '\\0' ' ' < /proc/1/cmdline");
     // shareProcessNamespace: the first process is the sandbox's.
     let mut config = cri.pod_config("shared");
-    let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
-    context.context("none")?.namespace_options = Some(shared(api::NamespaceMode::Pod, ""));
+    of_pod(&mut config)?.namespace_options = Some(processes(Mode::Pod));
     let pod = cri.run_pod(config)?;
-    let first = pod.start(container("first", shared(api::NamespaceMode::Pod, ""))?)?;
-    let second = pod.start(container("second", shared(api::NamespaceMode::Pod, ""))?)?;
+    let first = pod.start(container("first", processes(Mode::Pod))?)?;
+    let second = pod.start(container("second", processes(Mode::Pod))?)?;
     for id in [&first, &second] {
         ensure!(first_process(&pod, id)?.starts_with("sleep 2147483647"), "{}", first_process(&pod, id)?);
         ensure!(pod.sh(id, "ps -o args | grep -c '[s]leep 1000'")? == "4\n", "{}", pod.sh(id, "ps")?);
@@ -138,8 +136,9 @@ fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
     pod.remove()?;
     // An ephemeral container looks at one that is there already.
     let pod = cri.run_pod(cri.pod_config("looked-at"))?;
-    let first = pod.start(container("first", shared(api::NamespaceMode::Container, ""))?)?;
-    let debugger = pod.start(container("debugger", shared(api::NamespaceMode::Target, &first))?)?;
+    let first = pod.start(container("first", processes(Mode::Container))?)?;
+    let its = api::NamespaceOption { target_id: first, ..processes(Mode::Target) };
+    let debugger = pod.start(container("debugger", its)?)?;
     ensure!(first_process(&pod, &debugger)?.starts_with("sh -c trap"), "{}", first_process(&pod, &debugger)?);
     ensure!(
         pod.sh(&debugger, "ps -o args | grep -c '[s]leep 1000'")? == "4\n",
@@ -167,7 +166,7 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     until_logged(&server, "web", "up")?;
     let mut config = cri.pod_config("client");
     config.dns_config = Some(api::DnsConfig {
-        servers: vec!["10.88.0.1".to_owned()],
+        servers: vec![HOST.to_owned()],
         searches: vec!["default.svc".to_owned()],
         options: vec!["ndots:5".to_owned()],
     });
@@ -180,9 +179,9 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     ensure!(client.sh(&id, &format!("wget -q -O - http://{address}/page"))? == "served\n");
     ensure!(client.sh(&id, &format!("wget -q -O - http://[{address6}]/page"))? == "served\n");
     client.sh(&id, &format!("ping -c 2 -q {address} && ping -c 2 -q {HOST}"))?;
-    ensure!(get(&format!("{address}:80"))? == "served\n");
+    is_served(&format!("{address}:80"))?;
     // By the port of the host, which CNI's portmap leads on.
-    ensure!(get(&format!("{HOST}:8080"))? == "served\n");
+    is_served(&format!("{HOST}:8080"))?;
     let resolver = client.sh(&id, "cat /etc/resolv.conf")?;
     ensure!(resolver == "search default.svc\nnameserver 10.88.0.1\noptions ndots:5\n", "{resolver}");
     ensure!(client.sh(&id, "cat /etc/hostname")? == "client\n");
@@ -300,7 +299,7 @@ fn security_context_holds(t: &Test) -> Result<()> {
     let text = "exec 2>/dev/null; id -u; id -G; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status | tr -d '\\t'; \
         echo x > /file || echo root: no; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; wc -c < /proc/cpuinfo";
     let mut config = script("secure", text);
-    let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()).context("none")?;
+    let context = of_container(&mut config)?;
     context.run_as_user = Some(api::Int64Value { value: 1000 });
     context.run_as_group = Some(api::Int64Value { value: 1001 });
     context.supplemental_groups = vec![2000];
@@ -327,15 +326,11 @@ fn security_context_holds(t: &Test) -> Result<()> {
 
     // Privileged is what it is in the guest: there are no devices of the host.
     let mut config = cri.pod_config("privileged");
-    if let Some(context) = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()) {
-        context.privileged = true;
-    }
+    of_pod(&mut config)?.privileged = true;
     let pod = cri.run_pod(config)?;
     let text = "grep CapEff /proc/self/status; mkdir /mnt && mount -t tmpfs none /mnt && echo mounted; test -e /dev/vda || echo no disk";
     let mut config = script("privileged", text);
-    if let Some(context) = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut()) {
-        context.privileged = true;
-    }
+    of_container(&mut config)?.privileged = true;
     let ended = pod.wait(&pod.start(config)?)?;
     let log = pod.log("privileged")?;
     ensure!(ended.exit_code == 0 && log.contains("CapEff:\t000001ffffffffff\nmounted\nno disk\n"), "{log}");

@@ -61,11 +61,11 @@ const SERVICE: &str = "trap 'echo bye; exit 3' TERM; echo x >> /named/starts; mk
 const SERVICE_OPTIONS: &str = "run -d --name web -v named:/named -p 8080:80 --health-retries 1 --health-cmd";
 
 /// Gets its page at an address.
-fn is_served(address: &str) -> Result<()> {
+pub(crate) fn is_served(address: &str) -> Result<()> {
     let mut stream = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
     write!(stream, "GET /page HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    ensure!(answer.contains("200 OK") && answer.ends_with("served\n"), "{address}: {answer}");
+    ensure!(answer.contains("200 OK") && answer.ends_with("\r\n\r\nserved\n"), "{address}: {answer}");
     Ok(())
 }
