@@ -13,6 +13,7 @@ pub(crate) const CASES: &[Case] = cases![
     process_is_in_the_container_and_its_exit_code_is_the_commands,
     streams_are_passed_both_ways,
     options_change_user_environment_and_directory,
+    no_new_privileges_can_be_asked_for,
     process_file_says_it_all,
     program_that_cannot_run_is_told_as_by_a_shell,
     signal_to_the_command_reaches_the_process,
@@ -102,6 +103,18 @@ fn options_change_user_environment_and_directory(t: &Test) -> Result<()> {
     ];
     // CAP_AUDIT_WRITE, CAP_KILL, CAP_NET_BIND_SERVICE, and CAP_SYS_ADMIN.
     t.invoke(&args)?.exited(0).stdout("0000000020200420\n/root\n").stderr("");
+    gone(t, &left)
+}
+
+fn no_new_privileges_can_be_asked_for(t: &Test) -> Result<()> {
+    let bundle = t.script("sleep 1000")?;
+    let left = t.create(&bundle.with(|spec| spec["process"]["noNewPrivileges"] = json!(false))?)?;
+    t.command("start")?;
+    let look = ["grep", "NoNewPrivs", "/proc/self/status"];
+    t.invoke(&[&["exec", t.id()], &look[..]].concat())?.exited(0).stdout("NoNewPrivs:\t0\n");
+    t.invoke(&[&["exec", "--no-new-privs", t.id()], &look[..]].concat())?
+        .exited(0)
+        .stdout("NoNewPrivs:\t1\n");
     gone(t, &left)
 }
 
