@@ -1,6 +1,6 @@
 //! Pods, as a kubelet has containerd's CRI plugin run them with our shim.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -12,6 +12,7 @@ use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::SHIM;
 use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
+use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::{Case, Test, cases, time};
 use rustix::process::{Signal, pidfd_send_signal};
 
@@ -22,6 +23,7 @@ pub(crate) const CASES: &[Case] = cases![
     processes_are_seen_by_whom_it_is_asked_for,
     pods_reach_each_other_by_every_way,
     volumes_are_seen_as_they_change,
+    raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     limits_hold_and_can_be_changed,
     pod_whose_machine_died_is_told_so_and_leaves_nothing,
@@ -285,6 +287,47 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     ensure!(fs::read_to_string(path("log"))? == "why\n");
     let size = pod.sh(&first, "df -k /dev/shm | tail -n 1 | awk '{print $2}'")?;
     ensure!(size == "65536\n", "{size}");
+    pod.remove()?;
+    cri.end()
+}
+
+/// `volumeDevices` of Kubernetes, as a kubelet says them.
+fn raw_block_volume_is_a_disk_of_the_containers_that_have_it(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let file = t.scratch().join("volume");
+    fs::write(&file, "from the host\n")?;
+    File::options().write(true).open(&file)?.set_len(4 << 20)?;
+    let volume = Loop::over(&file)?;
+    let with_volume = |name: &str, permissions: &str| {
+        let device = api::Device {
+            container_path: "/dev/volume".to_owned(),
+            host_path: volume.path().display().to_string(),
+            permissions: permissions.to_owned(),
+        };
+        api::ContainerConfig { devices: vec![device], ..script(name, SLEEP) }
+    };
+    let pod = cri.run_pod(cri.pod_config("block"))?;
+    let writer = pod.start(with_volume("writer", "rwm"))?;
+    let reader = pod.start(with_volume("reader", "r"))?;
+    let other = pod.start(script("other", SLEEP))?;
+    let look = "stat -c %F /dev/volume; cat /sys/class/block/vda/size; head -n 1 /dev/volume";
+    let seen = pod.sh(&writer, look)?;
+    ensure!(seen == "block special file\n8192\nfrom the host\n", "{seen}");
+    pod.sh(&writer, "echo from the guest | dd of=/dev/volume conv=fsync")?;
+    ensure!(fs::read(&file)?.starts_with(b"from the guest\n"), "it has not reached the host");
+    // It is one disk for both.
+    let seen = pod.sh(&reader, "head -n 1 /dev/volume; ls -d /sys/class/block/vd*")?;
+    ensure!(seen == "from the guest\n/sys/class/block/vda\n", "{seen}");
+    let finished = pod.exec(&reader, "echo x > /dev/volume")?;
+    ensure!(finished.code != 0 && finished.stderr.contains("Operation not permitted"), "{finished:?}");
+    let finished = pod.exec(&other, "ls /dev/volume")?;
+    ensure!(finished.code != 0, "{finished:?}");
+    for container in [&writer, &reader] {
+        pod.stop(container, GRACE)?;
+        pod.remove_container(container)?;
+    }
+    let left = pod.sh(&other, "ls /sys/class/block | grep -c vd || :")?;
+    ensure!(left == "0\n", "{left}");
     pod.remove()?;
     cri.end()
 }
