@@ -5,13 +5,14 @@
 #   make bench            measure; table on the terminal, numbers in target/bench/latest.json
 #   make fuzz             a minute of fuzzing for each thing that reads a stranger's bytes
 #   make build            all of kvrun, in target/stage
+#   make image            the container image that puts it on the nodes of a cluster (docs/kubernetes.md)
 #   make install PREFIX=  copy it to PREFIX (default /usr/local)
 
 PREFIX ?= /usr/local
 STAGE := target/stage
 RELEASE := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: demo test bench fuzz build install setup clean
+.PHONY: demo test bench fuzz build image install setup clean
 
 setup:
 	tests/setup
@@ -30,6 +31,9 @@ install:
 	install -D -m755 $(RELEASE)/kvrun-vmm $(DESTDIR)$(PREFIX)/libexec/kvrun/kvrun-vmm
 	install -D -m644 $$(guest-kernel/build --path) $(DESTDIR)$(PREFIX)/share/kvrun/vmlinux
 	agent/mkinitramfs $(DESTDIR)$(PREFIX)/share/kvrun/initramfs.cpio $(RELEASE)/kvrun-agent
+
+image: build
+	@shim/deploy/image $(STAGE) target/kvrun-image.tar
 
 demo: build
 	tests/demo

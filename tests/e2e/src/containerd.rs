@@ -120,6 +120,11 @@ impl<'a> Containerd<'a> {
         self.dir.join("containerd.sock")
     }
 
+    /// Its configuration.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join(CONFIG)
+    }
+
     /// What containerd and its shims have said so far.
     pub fn log(&self) -> String {
         self.daemon.stderr.text()
@@ -131,7 +136,7 @@ impl<'a> Containerd<'a> {
     /// When it does not end, or not come up.
     pub fn restart(&mut self) -> Result<()> {
         self.daemon.kill()?;
-        self.daemon = start(self.test, &self.dir.join(CONFIG))?;
+        self.daemon = start(self.test, &self.config())?;
         Ok(())
     }
 

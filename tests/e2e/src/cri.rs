@@ -82,6 +82,19 @@ impl<'a> Cri<'a> {
         Ok(Self { test, containerd, runtime, client: Client::new(channel) })
     }
 
+    /// The containerd.
+    pub fn containerd(&self) -> &Containerd<'a> {
+        &self.containerd
+    }
+
+    /// Starts it anew over the same files.
+    ///
+    /// # Errors
+    /// When it does not end, or not come up.
+    pub fn restart(&mut self) -> Result<()> {
+        self.containerd.restart()
+    }
+
     /// What a kubelet says of a pod of this name.
     pub fn pod_config(&self, name: &str) -> api::PodSandboxConfig {
         api::PodSandboxConfig {

@@ -18,7 +18,7 @@
 //! * [`time`] - the one factor by which all bounds scale.
 //!
 //! The same binary runs on a host with hardware KVM and in the lab; it needs root, busybox and util-linux. Environment:
-//! `KVRUN` (the program under test), `KVRUN_VMM_TESTS` (the unit tests of the VMM),
+//! `KVRUN` (the program under test), `KVRUN_VMM_TESTS` (the unit tests of the VMM), `KVRUN_IMAGE` (what `shim/deploy/image` made),
 //! `KVRUN_TIMEOUT_FACTOR`, `KVRUN_E2E_REQUIRED=1` (a host that cannot run VMs is a failure).
 
 #![forbid(unsafe_code)]

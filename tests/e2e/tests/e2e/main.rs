@@ -8,6 +8,7 @@ mod bad_config;
 mod command_line;
 mod containerd;
 mod cri;
+mod deploy;
 mod engines;
 mod exec;
 mod exit;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         pods::CASES,
         containerd::CASES,
         cri::CASES,
+        deploy::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)
