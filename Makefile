@@ -3,6 +3,7 @@
 #   make demo             run a container in a micro-VM and look at it
 #   make test             everything CI runs
 #   make bench            measure; table on the terminal, numbers in target/bench/latest.json
+#   make soak PODS=200    that many pods one after another, and 30 at once: nothing may be left of them
 #   make fuzz             a minute of fuzzing for each thing that reads a stranger's bytes
 #   make build            all of kvrun, in target/stage
 #   make image            the container image that puts it on the nodes of a cluster (docs/kubernetes.md)
@@ -12,7 +13,7 @@ PREFIX ?= /usr/local
 STAGE := target/stage
 RELEASE := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: demo test bench fuzz build image install setup clean
+.PHONY: demo test bench soak fuzz build image install setup clean
 
 setup:
 	tests/setup
@@ -44,6 +45,11 @@ test: build
 bench: build
 	cargo build --release --locked -p kvrun-bench
 	tests/bench/bench
+
+PODS ?= 200
+# A test may take 30 s times the factor.
+soak: build
+	KVRUN_E2E_PODS=$(PODS) KVRUN_TIMEOUT_FACTOR=$$(($(PODS) + 20)) tests/e2e/run soak
 
 fuzz: setup
 	tests/fuzz/run

@@ -2,8 +2,8 @@
 //!
 //! Each stream is its own vsock connection, which starts with a random token that tells the agent whose it is. The descriptors are the caller's
 //! and shared with others (a terminal, a pipe, a file), so they are never made non-blocking, and each is served by a thread of its own
-//! that may wait in read(2) or write(2). Buffers are bounded: a reader that does not read stops the writer, as a
-//! pipe would.
+//! that may wait in read(2), write(2) or splice(2), by which output goes to a pipe without passing through this process. Buffers are
+//! bounded: a reader that does not read stops the writer, as a pipe would.
 //!
 //! Ends:
 //! * end-of-file on the caller's input closes the sending direction of its stream;
@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -25,6 +26,7 @@ use kvrun_agent_api::agent::Stdio as Tokens;
 use kvrun_agent_api::{STREAM_PORT, TOKEN_LEN};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -195,7 +197,7 @@ impl Copying {
         } else {
             let (done, receiver) = oneshot::channel();
             thread.spawn(move || {
-                log_end(name, copy_output(stream, file, &ended));
+                log_end(name, copy_output(&stream, file, &ended));
                 // Nobody may wait for it.
                 let _ = done.send(());
             })?;
@@ -262,34 +264,73 @@ fn copy_input(mut from: File, mut to: UnixStream, ended: &OwnedFd) -> io::Result
 }
 
 /// Copies until the guest's end-of-file or our reader's loss of interest.
-fn copy_output(mut from: UnixStream, mut to: File, ended: &OwnedFd) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER];
+fn copy_output(from: &UnixStream, to: File, ended: &OwnedFd) -> io::Result<()> {
+    let mut sink = Sink::new(to)?;
     let mut process_ended = false;
     loop {
         if process_ended {
-            let mut fds = [PollFd::new(&from, PollFlags::IN)];
+            let mut fds = [PollFd::new(from, PollFlags::IN)];
             if wait(&mut fds, Some(DRAIN_SILENCE))? == 0 {
                 return Err(io::ErrorKind::TimedOut.into());
             }
         } else {
-            let mut fds = [PollFd::new(&from, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
+            let mut fds = [PollFd::new(from, PollFlags::IN), PollFd::new(ended, PollFlags::IN)];
             wait(&mut fds, None)?;
             process_ended = !fds[1].revents().is_empty();
             if fds[0].revents().is_empty() {
                 continue;
             }
         }
-        match from.read(&mut buffer) {
+        match sink.take(from) {
             Ok(0) => return Ok(()),
-            Ok(n) => {
-                if let Err(e) = write_all(&mut to, &buffer[..n]) {
-                    // The container's next write finds out.
-                    let _ = from.shutdown(Shutdown::Both);
-                    return Err(e);
-                }
+            Ok(_) => {}
+            Err(error) => {
+                // The container's next write finds out.
+                let _ = from.shutdown(Shutdown::Both);
+                return Err(error);
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Where output goes.
+enum Sink {
+    /// A pipe or FIFO: bytes go to it within the kernel.
+    Pipe(File),
+    /// Anything else, with a buffer.
+    Other(File, Vec<u8>),
+}
+
+impl Sink {
+    fn new(to: File) -> io::Result<Self> {
+        Ok(if to.metadata()?.file_type().is_fifo() {
+            Self::Pipe(to)
+        } else {
+            Self::Other(to, vec![0; BUFFER])
+        })
+    }
+
+    /// Hands over some of what there is, and waits for it if need be: how much; 0 at the end of the stream.
+    fn take(&mut self, mut from: &UnixStream) -> io::Result<usize> {
+        match self {
+            Self::Pipe(to) => loop {
+                match splice(from, None, &*to, None, BUFFER, SpliceFlags::empty()) {
+                    Err(Errno::INTR) => {}
+                    // Another program may have made the pipe non-blocking.
+                    Err(Errno::AGAIN) => drop(wait(&mut [PollFd::new(&*to, PollFlags::OUT)], None)?),
+                    result => return Ok(result?),
+                }
+            },
+            Self::Other(to, buffer) => {
+                let count = loop {
+                    match from.read(buffer) {
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                        result => break result?,
+                    }
+                };
+                write_all(to, &buffer[..count])?;
+                Ok(count)
+            }
         }
     }
 }

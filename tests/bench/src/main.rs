@@ -4,15 +4,16 @@
 //! * [`qemu`] - QEMU's microvm machine with the same kernel and initramfs.
 //! * [`io`] - devices at work, against those of QEMU's microvm.
 //! * [`run`] - whole runs of a container: kvrun against crun; and what kvrun's processes hold while one runs.
+//! * [`pod`] - pods and their output through containerd: kvrun against runc.
 //! * [`process`] - private memory and threads of a process.
 //! * [`report`] - medians, the table, the JSON.
 //!
 //! Times come from `CLOCK_MONOTONIC` of the machine this runs on, those of [`io`] from that of its guests. Unless the host has hardware
-//! KVM, `tests/bench/bench` starts it in the lab: in the deterministic mode, where one instruction takes one nanosecond, and for [`io`],
-//! where the VMM and the guest are to run at the same time, in the normal one.
+//! KVM, `tests/bench/bench` starts it in the lab: boots and starts in the deterministic mode, where one instruction takes one nanosecond.
 
 mod boot;
 mod io;
+mod pod;
 mod process;
 mod qemu;
 mod report;
@@ -55,6 +56,12 @@ struct Part {
     /// Devices at work, with the initramfs that has kvrun-bench-guest as its init.
     #[arg(long)]
     io: Option<PathBuf>,
+    /// Pods, started by containerd.
+    #[arg(long)]
+    pod: bool,
+    /// So many MiB of a container's output through containerd.
+    #[arg(long)]
+    output: Option<u32>,
 }
 
 /// The tree that is measured.
@@ -77,13 +84,19 @@ fn main() -> Result<()> {
         initramfs: args.prefix.join("share/kvrun/initramfs.cpio"),
     };
     let mut report = Report::default();
-    match (&args.part.bundle, &args.part.io) {
-        (Some(bundle), _) => measure(&stage, bundle, args.runs, &mut report)?,
-        (_, Some(initramfs)) => {
-            let scratch = args.json.parent().context("the numbers are to be written to no directory")?;
-            io::measure(&stage, initramfs, scratch, args.runs, &args.only, &mut report)?;
-        }
-        (None, None) => {}
+    let Part { bundle, io: initramfs, pod, output } = &args.part;
+    if let Some(bundle) = bundle {
+        measure(&stage, bundle, args.runs, &mut report)?;
+    }
+    if let Some(initramfs) = initramfs {
+        let scratch = std::path::absolute(args.json.parent().unwrap_or(Path::new("")))?;
+        io::measure(&stage, initramfs, &scratch, args.runs, &args.only, &mut report)?;
+    }
+    if *pod {
+        pod::measure(&stage, args.runs, &mut report)?;
+    }
+    if let Some(mib) = output {
+        pod::measure_output(&stage, *mib, args.runs, &mut report)?;
     }
     report.print();
     report.write(&args.json).with_context(|| format!("cannot write {}", args.json.display()))

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -13,6 +13,7 @@ use crate::bundle::{self, userland};
 use crate::fixture::Test;
 use crate::process::{Outcome, Running, gone_within};
 use crate::terminal::{Terminal, on_terminal};
+use crate::time;
 
 /// The image that it has: busybox and nothing else.
 pub const IMAGE: &str = "localhost/busybox:latest";
@@ -32,7 +33,7 @@ const CONFIG: &str = "config.toml";
 pub struct Containerd<'a> {
     test: &'a Test,
     dir: PathBuf,
-    daemon: Running,
+    daemon: Mutex<Running>,
     /// In which its containers are.
     namespace: &'static str,
 }
@@ -76,7 +77,7 @@ impl<'a> Containerd<'a> {
         );
         let path = dir.join(CONFIG);
         fs::write(&path, config)?;
-        let containerd = Self { test, daemon: start(test, &path)?, dir, namespace };
+        let containerd = Self { test, daemon: Mutex::new(start(test, &path)?), dir, namespace };
         let archive = image_archive(&containerd.dir)?;
         containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
         Ok(containerd)
@@ -87,9 +88,14 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it cannot be started.
     pub fn start(&self, args: &[&str]) -> Result<Running> {
+        Running::start(&mut self.command(args))
+    }
+
+    /// A `ctr` command.
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
         self.complete(&mut command, args);
-        Running::start(&mut command)
+        command
     }
 
     /// What a `ctr` command becomes, without input.
@@ -125,18 +131,28 @@ impl<'a> Containerd<'a> {
         self.dir.join(CONFIG)
     }
 
+    /// Where it has what is gone after a restart of the host.
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
     /// What containerd and its shims have said so far.
     pub fn log(&self) -> String {
-        self.daemon.stderr.text()
+        self.daemon().stderr.text()
+    }
+
+    fn daemon(&self) -> MutexGuard<'_, Running> {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Kills it, and starts it again over the same files.
     ///
     /// # Errors
     /// When it does not end, or not come up.
-    pub fn restart(&mut self) -> Result<()> {
-        self.daemon.kill()?;
-        self.daemon = start(self.test, &self.config())?;
+    pub fn restart(&self) -> Result<()> {
+        let mut daemon = self.daemon();
+        daemon.kill()?;
+        *daemon = start(self.test, &self.config())?;
         Ok(())
     }
 
@@ -146,11 +162,12 @@ impl<'a> Containerd<'a> {
     /// When it does not end, or a shim does not.
     pub fn end(self) -> Result<()> {
         for (pid, shim) in self.test.processes(SHIM).unwrap_or_default() {
-            gone_within(shim, self.daemon.deadline().saturating_duration_since(Instant::now()))
+            gone_within(shim, time::scaled(time::RUN))
                 .with_context(|| format!("shim {pid}; containerd said {}", self.log()))?;
         }
-        self.daemon.signal(Signal::TERM)?;
-        let log = self.daemon.wait()?.exited(0).stderr;
+        let daemon = self.daemon.into_inner().unwrap_or_else(PoisonError::into_inner);
+        daemon.signal(Signal::TERM)?;
+        let log = daemon.anew().wait()?.exited(0).stderr;
         let sockets = Path::new(RUN).join("s");
         let left =
             fs::read_dir(&sockets).map(|dir| dir.flatten().map(|entry| entry.path()).collect::<Vec<_>>());

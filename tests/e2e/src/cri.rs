@@ -10,13 +10,14 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use serde_json::json;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::containerd::{Containerd, IMAGE, PAUSE};
-use crate::fixture::Test;
+use crate::containerd::{Containerd, IMAGE, PAUSE, SHIM};
+use crate::fixture::{Test, VMM};
+use crate::leaks;
 use crate::netns;
 use crate::time;
 
 /// The name of the runtime in containerd's configuration, as a RuntimeClass names it.
-const HANDLER: &str = "kvrun";
+pub const HANDLER: &str = "kvrun";
 /// Debian's plugins.
 const PLUGINS: &str = "/usr/lib/cni";
 /// The network of the pods.
@@ -68,7 +69,7 @@ impl<'a> Cri<'a> {
         fs::create_dir(cgroup(test)).context("cannot make a cgroup")?;
         let list = json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [
             {"type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": false, "ipam": {
-                "type": "host-local", "dataDir": dir.join("leases"),
+                "type": "host-local", "dataDir": leases(test),
                 "ranges": [[{"subnet": NETWORK}], [{"subnet": NETWORK6}]],
                 "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
             }},
@@ -85,14 +86,6 @@ impl<'a> Cri<'a> {
     /// The containerd.
     pub fn containerd(&self) -> &Containerd<'a> {
         &self.containerd
-    }
-
-    /// Starts it anew over the same files.
-    ///
-    /// # Errors
-    /// When it does not end, or not come up.
-    pub fn restart(&mut self) -> Result<()> {
-        self.containerd.restart()
     }
 
     /// What a kubelet says of a pod of this name.
@@ -127,12 +120,83 @@ impl<'a> Cri<'a> {
     /// # Errors
     /// What containerd says.
     pub fn run_pod(&self, config: api::PodSandboxConfig) -> Result<Pod<'_>> {
+        self.run_pod_by(HANDLER, config)
+    }
+
+    /// As [`Cri::run_pod`], by a runtime of containerd's configuration: [`HANDLER`], or `runc`, which is always there.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn run_pod_by(&self, handler: &str, config: api::PodSandboxConfig) -> Result<Pod<'_>> {
         fs::create_dir_all(&config.log_directory)?;
         let request =
-            api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
+            api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
         let answer =
             self.call(async |mut client| client.run_pod_sandbox(request).await).context("run a pod")?;
         Ok(Pod { cri: self, config, id: answer.pod_sandbox_id })
+    }
+
+    /// Kills containerd and starts it again over the same files.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart(&self) -> Result<()> {
+        self.containerd.restart()?;
+        // The connection is made anew by the first request after it was found broken.
+        time::until("containerd answers again", || {
+            let request = api::VersionRequest::default();
+            Ok(self.call(async |mut client| client.version(request).await).is_ok())
+        })
+    }
+
+    /// Removes all pods, as a kubelet does with those it does not know.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn remove_all(&self) -> Result<()> {
+        let request = api::ListPodSandboxRequest::default();
+        let list = self.call(async |mut client| client.list_pod_sandbox(request).await)?;
+        list.items.into_iter().try_for_each(|pod| self.remove(pod.id))
+    }
+
+    fn remove(&self, id: String) -> Result<()> {
+        let request = api::StopPodSandboxRequest { pod_sandbox_id: id.clone() };
+        self.call(async |mut client| client.stop_pod_sandbox(request).await).context("stop a pod")?;
+        let request = api::RemovePodSandboxRequest { pod_sandbox_id: id };
+        let removed = self.call(async |mut client| client.remove_pod_sandbox(request).await);
+        removed.context("remove a pod").map(drop)
+    }
+
+    /// What there is on the host of pods, which must be nothing when all have been removed.
+    ///
+    /// # Errors
+    /// When something cannot be looked at.
+    pub fn left_of_pods(&self) -> Result<Vec<String>> {
+        let running = leaks::running()?.into_iter().map(|(_, name)| name);
+        let mut left: Vec<String> = running.filter(|name| name == SHIM || name == VMM).collect();
+        let bundles = self.containerd.state().join("io.containerd.runtime.v2.task/k8s.io");
+        let here = [&*cgroup(self.test), &bundles, &leases(self.test).join("pods")];
+        let fixed = ["/run/kvrun/containerd/k8s.io", "/run/containerd/s", "/run/netns"].map(Path::new);
+        for dir in here.into_iter().chain(fixed) {
+            for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                // Of cgroups, the files are always there; so are those by which CNI's host-local remembers where it was.
+                let is_ours = dir != here[0] || path.is_dir();
+                let is_memory = ["last_reserved_ip", "lock"].iter().any(|name| {
+                    path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
+                });
+                if is_ours && !is_memory {
+                    left.push(path.display().to_string());
+                }
+            }
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let state = self.containerd.state().display().to_string();
+        left.extend(mounts.lines().filter(|line| line.contains(&state)).map(str::to_owned));
+        let links = netns::run("ip -o link")?;
+        let links = links.lines().filter(|link| !link.contains(": lo:") && !link.contains(": pods0:"));
+        left.extend(links.map(str::to_owned));
+        Ok(left)
     }
 
     /// Ends it; all pods must have been removed.
@@ -167,8 +231,13 @@ impl<'a> Cri<'a> {
 }
 
 /// The cgroup in which the pods of a test have theirs.
-fn cgroup(test: &Test) -> PathBuf {
+pub fn cgroup(test: &Test) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(test.id())
+}
+
+/// Where CNI's host-local keeps who has which address.
+fn leases(test: &Test) -> PathBuf {
+    test.scratch().join("cni/leases")
 }
 
 /// The part of containerd's configuration that is about CRI.
@@ -360,12 +429,6 @@ impl Pod<'_> {
     /// # Errors
     /// What containerd says.
     pub fn remove(self) -> Result<()> {
-        let request = api::StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.cri.call(async |mut client| client.stop_pod_sandbox(request).await).context("stop a pod")?;
-        let request = api::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.cri
-            .call(async |mut client| client.remove_pod_sandbox(request).await)
-            .context("remove a pod")
-            .map(drop)
+        self.cri.remove(self.id)
     }
 }

@@ -17,7 +17,7 @@ use crate::leaks;
 use crate::process::{Outcome, Running};
 
 /// The name of the VMM's process.
-const VMM: &str = "kvrun-vmm";
+pub(crate) const VMM: &str = "kvrun-vmm";
 
 /// What a test has.
 #[derive(Debug)]
@@ -29,7 +29,11 @@ pub struct Test {
 }
 
 impl Test {
-    pub(crate) fn new(id: String, kvrun: PathBuf) -> Result<Self> {
+    /// One with such a container ID, in [isolation](crate::isolation).
+    ///
+    /// # Errors
+    /// When its directories cannot be made.
+    pub fn new(id: String, kvrun: PathBuf) -> Result<Self> {
         let test = Self { dir: Path::new("/tmp").join(&id), id, kvrun, next_bundle: AtomicUsize::new(0) };
         for dir in [test.state(), test.temporary(), test.bundles(), test.scratch()] {
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;

@@ -177,6 +177,13 @@ impl Running {
         self.exit_status().map(drop)
     }
 
+    /// The same, which may take as long again from now on.
+    #[must_use]
+    pub fn anew(mut self) -> Self {
+        self.deadline = Instant::now() + time::scaled(time::RUN);
+        self
+    }
+
     /// When it must have ended.
     pub fn deadline(&self) -> Instant {
         self.deadline

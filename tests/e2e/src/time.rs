@@ -24,8 +24,16 @@ static FACTOR: LazyLock<f64> = LazyLock::new(|| match std::env::var(FACTOR_VARIA
 ///
 /// # Errors
 /// When it never is, or cannot be given.
-pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + scaled(RUN);
+pub fn until(what: &str, holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    until_within(RUN, what, holds)
+}
+
+/// The same, with a limit as it is on hardware.
+///
+/// # Errors
+/// As [`until`].
+pub fn until_within(limit: Duration, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + scaled(limit);
     while !holds()? {
         ensure!(Instant::now() < deadline, "waited in vain until {what}");
         // Asking costs the guest's time, where there is one CPU for both.

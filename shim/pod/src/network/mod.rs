@@ -104,6 +104,8 @@ pub struct Network {
     namespace: NetworkNamespace,
     queue_pairs: u8,
     joined: Vec<Joined>,
+    /// What the guest has set up.
+    done: SetUpNetworkRequest,
 }
 
 /// A link that the machine is on.
@@ -127,7 +129,7 @@ impl Network {
     /// That of a namespace, for a machine with so many vCPUs. Nothing is joined yet.
     pub fn new(namespace: NetworkNamespace, vcpus: u8) -> Self {
         let queue_pairs = vcpus.clamp(1, kvrun_vmm_api::config::MAX_NET_QUEUE_PAIRS);
-        Self { namespace, queue_pairs, joined: Vec::new() }
+        Self { namespace, queue_pairs, joined: Vec::new(), done: SetUpNetworkRequest::default() }
     }
 
     /// Whether it is that of a namespace.
@@ -144,7 +146,7 @@ impl Network {
     /// # Errors
     /// [`NetworkError`].
     pub async fn update(&mut self, pod: &Pod) -> Result<(), NetworkError> {
-        let Self { namespace, queue_pairs, joined } = self;
+        let Self { namespace, queue_pairs, joined, done } = self;
         let (scan, devices) = namespace
             .run(|| join(joined, *queue_pairs, &pod.slots))
             .map_err(host(|| "enter the network namespace".to_owned()))??;
@@ -153,8 +155,11 @@ impl Network {
             pod.vmm().attach(device.slot, device.config, &fds).await.map_err(PodError::from)?;
             pod.or_death(pod.agent().bind_slot(device.slot)).await?;
         }
-        if !joined.is_empty() {
-            pod.or_death(pod.agent().set_up_network(&request(scan, joined))).await?;
+        // Mostly all is there the first time, and nothing has changed the second.
+        let request = request(scan, joined);
+        if request != *done {
+            pod.or_death(pod.agent().set_up_network(&request)).await?;
+            *done = request;
         }
         Ok(())
     }

@@ -1,18 +1,25 @@
 //! containerd with our shim, by `ctr`.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
-use kvrun_e2e::{Case, Terminal, Test, cases};
+use kvrun_e2e::{Case, Terminal, Test, cases, process, time};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
 use crate::network::{look, namespace};
+use crate::stdio::{Noise, SEED};
 
 pub(crate) const CASES: &[Case] = cases![
     run_passes_streams_and_exit_codes,
+    output_arrives_complete_and_in_order,
+    output_goes_to_files_and_logging_programs,
+    client_comes_and_goes_while_the_output_waits,
+    child_that_keeps_output_open_holds_nobody_up,
     task_is_used_by_every_call_and_its_events_are_in_order,
     task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
     task_outlives_containerd,
@@ -57,16 +64,125 @@ fn run_passes_streams_and_exit_codes(t: &Test) -> Result<()> {
     shell.until("/dev/pts/0")?;
     terminal.keys(b"exit 9\n")?;
     shell.wait()?.exited(9);
+    containerd.end()
+}
 
-    let log = t.scratch().join("log");
-    let uri = format!("file://{}", log.display());
-    let script = "echo out; echo err >&2";
-    containerd.ctr(&run(&["--detach", "--log-uri", &uri], t.id(), &["sh", "-c", script]))?.exited(0);
-    containerd.ctr(&["task", "wait", t.id()]).map(drop)?;
-    containerd.ctr(&["task", "delete", t.id()])?.exited(0);
-    let text = fs::read_to_string(&log)?;
-    ensure!(text.contains("out\n") && text.contains("err\n"), "{text:?}");
-    containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+fn output_arrives_complete_and_in_order(t: &Test) -> Result<()> {
+    /// How many times so much.
+    const BLOCKS: usize = 16;
+    const BLOCK: usize = 4 << 20;
+    let containerd = Containerd::new(t)?;
+    let volume = t.scratch().join("volume");
+    fs::create_dir(&volume)?;
+    let mut block = vec![0; BLOCK];
+    Noise(SEED).fill(&mut block);
+    fs::write(volume.join("block"), &block)?;
+    let bind = format!("type=bind,src={},dst=/volume,options=rbind:ro", volume.display());
+    let script = format!(
+        "cp /volume/block /dev/shm; i=0; while [ $i -lt {BLOCKS} ]; do echo $i; cat /dev/shm/block; i=$((i+1)); done; exit 6"
+    );
+    let args = run(&["--rm", "--mount", &bind], t.id(), &["sh", "-c", &script]);
+    let mut ctr = containerd.command(&args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let mut stdout = BufReader::new(ctr.stdout.take().context("no stdout")?);
+    let (mut line, mut got) = (String::new(), vec![0; BLOCK]);
+    for number in 0..BLOCKS {
+        line.clear();
+        stdout.read_line(&mut line)?;
+        ensure!(line == format!("{number}\n"), "block {number} begins with {line:?}");
+        stdout.read_exact(&mut got)?;
+        ensure!(got == block, "block {number} of {BLOCKS} has changed");
+    }
+    ensure!(stdout.read(&mut got)? == 0, "more than was written");
+    let status = process::wait_within(&mut ctr, time::scaled(time::RUN))?;
+    ensure!(status.code() == Some(6), "ctr ended with {status}");
+    containerd.end()
+}
+
+fn output_goes_to_files_and_logging_programs(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let (log, program) = (t.scratch().join("log"), t.scratch().join("logger"));
+    // What it is told, and how (containerd's core/runtime/v2/README.md, "Logging").
+    let text = "#!/bin/sh\nexec 9>>\"$2\" 5>&-\necho $1 $CONTAINER_NAMESPACE $CONTAINER_ID >&9\n\
+        cat <&3 >&9 & cat <&4 >&9; wait; echo written >&9\n";
+    fs::write(&program, text)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let to_program = format!("binary://{}?to={}", program.display(), log.display());
+    let begin = format!("to default {}\n", t.id());
+    let expected: [(&str, &str, &str); 2] =
+        [(&format!("file://{}", log.display()), "", ""), (&to_program, &begin, "written\n")];
+    for (uri, begin, end) in expected {
+        let script = "echo out; echo err >&2; exit 2";
+        let task = ["--detach", "--log-uri", uri];
+        containerd.ctr(&run(&task, t.id(), &["sh", "-c", script]))?.exited(0);
+        time::until("the container has ended", || {
+            Ok(containerd.ctr(&["task", "list"])?.exited(0).text().contains("STOPPED"))
+        })?;
+        // What it wrote is there when it is deleted, or soon after: nobody waits for a logging program.
+        containerd.ctr(&["task", "delete", t.id()])?.exited(0);
+        time::until("all is written down", || {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            Ok(text.starts_with(begin)
+                && text.ends_with(end)
+                && text.contains("out\n")
+                && text.contains("err\n"))
+        })?;
+        fs::remove_file(&log)?;
+        containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+    }
+    containerd.end()
+}
+
+fn client_comes_and_goes_while_the_output_waits(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let id = t.id();
+    let script =
+        "echo one; until [ -e /go ]; do sleep 0.1; done; echo two; read line; echo got $line; exit 8";
+    let mut first = containerd.start(&run(&["--rm"], id, &["sh", "-c", script]))?;
+    first.until("one")?;
+    // Detached: nobody reads what it writes meanwhile.
+    first.kill()?;
+    containerd.ctr(&["task", "exec", "--exec-id", "first", id, "touch", "/go"])?.exited(0);
+    let mut second = containerd.start(&["task", "attach", id])?;
+    second.until("two\n")?;
+    second.stdin.as_ref().context("no stdin")?.write_all(b"three\n")?;
+    second.until("got three\n")?;
+    second.stdin = None;
+    second.wait()?.exited(8).stdout("two\ngot three\n");
+    containerd.ctr(&["container", "delete", id])?.exited(0);
+
+    // A terminal: its size follows that of the client's, also in a further process.
+    containerd.ctr(&run(&["--detach"], id, &["sleep", "1000"]))?.exited(0);
+    let terminal = Terminal::open(31, 97)?;
+    let shell = containerd.start_on(&terminal, &["task", "exec", "--tty", "--exec-id", "shell", id, "sh"])?;
+    shell.until("# ")?;
+    terminal.keys(b"stty size\n")?;
+    shell.until("31 97")?;
+    terminal.resize(17, 53)?;
+    let asked = || -> Result<bool> {
+        terminal.keys(b"stty size\n")?;
+        Ok(shell.stdout.text().contains("17 53"))
+    };
+    time::until("the new size is there", asked)?;
+    terminal.keys(b"exit 9\n")?;
+    shell.wait()?.exited(9);
+    containerd.ctr(&["task", "kill", "--signal", "KILL", id])?.exited(0);
+    containerd.ctr(&["task", "attach", id])?.exited(137);
+    containerd.ctr(&["container", "delete", id])?.exited(0);
+    containerd.end()
+}
+
+fn child_that_keeps_output_open_holds_nobody_up(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let id = t.id();
+    containerd.ctr(&run(&["--detach"], id, &["sleep", "1000"]))?.exited(0);
+    // The child outlives the command, and has its output.
+    let exec = ["task", "exec", "--exec-id", "first", id, "sh", "-c", "sleep 1000 & echo done; exit 4"];
+    containerd.ctr(&exec)?.exited(4).stdout("done\n");
+    let exec = ["task", "exec", "--exec-id", "second", id, "sh", "-c", "ps | grep -c '[s]leep 1000'"];
+    containerd.ctr(&exec)?.exited(0).stdout("2\n");
+    containerd.ctr(&["task", "kill", "--signal", "KILL", id])?.exited(0);
+    containerd.ctr(&["task", "attach", id])?.exited(137);
+    containerd.ctr(&["container", "delete", id])?.exited(0);
     containerd.end()
 }
 
@@ -162,7 +278,7 @@ fn task_that_is_killed_with_its_machine_or_shim_leaves_nothing(t: &Test) -> Resu
 }
 
 fn task_outlives_containerd(t: &Test) -> Result<()> {
-    let mut containerd = Containerd::new(t)?;
+    let containerd = Containerd::new(t)?;
     let id = t.id();
     let script = "until [ -e /go ]; do sleep 0.1; done; exit 4";
     containerd.ctr(&run(&["--detach"], id, &["sh", "-c", script]))?.exited(0);

@@ -10,11 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
-use kvrun_e2e::containerd::SHIM;
 use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
 use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::{Case, Test, cases, time};
-use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::engines::is_served;
 
@@ -26,19 +24,18 @@ pub(crate) const CASES: &[Case] = cases![
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     limits_hold_and_can_be_changed,
-    pod_whose_machine_died_is_told_so_and_leaves_nothing,
 ];
 
 /// How long a container has to end when it is asked to.
 const GRACE: Duration = Duration::from_secs(30);
-const SLEEP: &str = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
+pub(crate) const SLEEP: &str = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
 
 /// Waits for what a container writes.
-fn until_logged(pod: &Pod<'_>, name: &str, words: &str) -> Result<()> {
+pub(crate) fn until_logged(pod: &Pod<'_>, name: &str, words: &str) -> Result<()> {
     time::until(words, || Ok(pod.log(name)?.contains(words)))
 }
 
-fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
+pub(crate) fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
     api::Mount {
         host_path: host.display().to_string(),
         container_path: container.to_owned(),
@@ -48,13 +45,15 @@ fn mount(host: &Path, container: &str, readonly: bool) -> api::Mount {
 }
 
 /// What a pod is allowed.
-fn of_pod(config: &mut api::PodSandboxConfig) -> Result<&mut api::LinuxSandboxSecurityContext> {
+pub(crate) fn of_pod(config: &mut api::PodSandboxConfig) -> Result<&mut api::LinuxSandboxSecurityContext> {
     let linux = config.linux.as_mut();
     linux.and_then(|linux| linux.security_context.as_mut()).context("no security context")
 }
 
 /// What a container is allowed.
-fn of_container(config: &mut api::ContainerConfig) -> Result<&mut api::LinuxContainerSecurityContext> {
+pub(crate) fn of_container(
+    config: &mut api::ContainerConfig,
+) -> Result<&mut api::LinuxContainerSecurityContext> {
     let linux = config.linux.as_mut();
     linux.and_then(|linux| linux.security_context.as_mut()).context("no security context")
 }
@@ -415,30 +414,6 @@ fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
     let ended = pod.wait(&pod.start(hungry)?)?;
     ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
     ensure!(pod.sh(&id, "echo fine")? == "fine\n", "the others are not killed");
-    pod.remove()?;
-    cri.end()
-}
-
-fn pod_whose_machine_died_is_told_so_and_leaves_nothing(t: &Test) -> Result<()> {
-    let cri = Cri::new(t)?;
-    for round in ["vmm", "shim"] {
-        let pod = cri.run_pod(cri.pod_config(round))?;
-        let id = pod.start(script("sleeper", SLEEP))?;
-        until_logged(&pod, "sleeper", "up")?;
-        let killed = if round == "vmm" { t.vmms()? } else { t.processes(SHIM)? };
-        for (_, process) in killed {
-            pidfd_send_signal(process, Signal::KILL)?;
-        }
-        let ended = pod.wait(&id)?;
-        ensure!(round == "shim" || ended.exit_code == 137, "{round}: {ended:?}");
-        time::until("the pod is not ready", || {
-            Ok(pod.pod_status()?.state() == api::PodSandboxState::SandboxNotready)
-        })?;
-        pod.remove()?;
-    }
-    let pod = cri.run_pod(cri.pod_config("next"))?;
-    let id = pod.start(script("sleeper", SLEEP))?;
-    ensure!(pod.sh(&id, "echo fine")? == "fine\n");
     pod.remove()?;
     cri.end()
 }

@@ -153,7 +153,7 @@ fn import(containerd: &Containerd<'_>) -> Result<(String, String)> {
 }
 
 fn versions_come_and_go_beside_pods_that_run(t: &Test) -> Result<()> {
-    let mut cri = Cri::new(t)?;
+    let cri = Cri::new(t)?;
     let config = cri.containerd().config();
     let (image, first) = import(cri.containerd())?;
     let mut node = Node::new(t, &config, &image)?;

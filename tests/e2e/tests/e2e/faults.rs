@@ -13,6 +13,12 @@ pub(crate) const CASES: &[Case] = cases![
     killed_kvrun_frees_the_id_before_anything_runs,
 ];
 
+/// PID 1 of the guest takes no signal it does not handle; but root in its PID namespace can wipe its stack. The agent
+/// returns into the wiped stack when it next wakes up, here for the end of the script.
+pub(crate) const KILL_AGENT: &str = "range=$(grep '\\[stack\\]' /proc/1/maps | cut -d' ' -f1)
+    from=$((0x${range%-*} / 4096)) to=$((0x${range#*-} / 4096))
+    exec dd conv=notrunc if=/dev/zero of=/proc/1/mem bs=4096 seek=$from count=$((to - from)) 2>/dev/null";
+
 /// A container that may do what only a kernel's owner may: the guest's kernel is not the host's.
 fn privileged(bundle: Bundle) -> Result<Bundle> {
     bundle.without_namespace("pid")?.with(|spec| {
@@ -34,12 +40,7 @@ fn guest_kernel_panic_is_137_with_reason_and_console(t: &Test) -> Result<()> {
 }
 
 fn death_of_the_agent_is_137_with_reason_and_console(t: &Test) -> Result<()> {
-    // PID 1 of the guest takes no signal it does not handle; but root in its PID namespace can wipe its stack. The agent
-    // returns into the wiped stack when it next wakes up, here for the end of the script.
-    let script = "range=$(grep '\\[stack\\]' /proc/1/maps | cut -d' ' -f1)
-        from=$((0x${range%-*} / 4096)) to=$((0x${range#*-} / 4096))
-        exec dd conv=notrunc if=/dev/zero of=/proc/1/mem bs=4096 seek=$from count=$((to - from)) 2>/dev/null";
-    let outcome = t.run(&privileged(t.script(script)?)?)?.exited(137).stdout("").report(&["guest"]);
+    let outcome = t.run(&privileged(t.script(KILL_AGENT)?)?)?.exited(137).stdout("").report(&["guest"]);
     ensure!(outcome.stderr.contains("Attempted to kill init"), "no console: {outcome}");
     Ok(())
 }

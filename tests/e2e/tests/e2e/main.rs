@@ -20,10 +20,12 @@ mod installation;
 mod lifecycle;
 mod network;
 mod parallel;
+mod pod_faults;
 mod pods;
 mod process;
 mod resources;
 mod signals;
+mod soak;
 mod spec;
 mod stdio;
 mod terminal;
@@ -70,6 +72,8 @@ fn main() -> ExitCode {
         containerd::CASES,
         cri::CASES,
         deploy::CASES,
+        pod_faults::CASES,
+        soak::CASES,
     ];
     groups.extend(vm::GROUPS);
     kvrun_e2e::main(&groups)

@@ -19,10 +19,10 @@ pub(crate) const CASES: &[Case] = cases![
 ];
 
 /// A pseudo-random stream (xorshift64) in which a byte that is lost, doubled or moved shows.
-struct Noise(u64);
+pub(crate) struct Noise(pub(crate) u64);
 
 impl Noise {
-    fn fill(&mut self, buffer: &mut [u8]) {
+    pub(crate) fn fill(&mut self, buffer: &mut [u8]) {
         for chunk in buffer.chunks_exact_mut(8) {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;
@@ -32,7 +32,7 @@ impl Noise {
     }
 }
 
-const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 const CHUNK: usize = 80_000;
 
 fn hundred_megabytes_through_cat_come_back_bit_exact(t: &Test) -> Result<()> {

@@ -1,0 +1,374 @@
+//! Whatever of a pod dies or hangs, at whatever step of its life: what containerd says of it is soon true, nothing of it stays, and the next
+//! pod starts.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use k8s_cri::v1 as api;
+use k8s_cri::v1::NamespaceMode as Mode;
+use kvrun_e2e::containerd::SHIM;
+use kvrun_e2e::cri::{Cri, Pod, cgroup, processes, script};
+use kvrun_e2e::{Case, Test, cases, time};
+use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, unmount};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use crate::cri::{SLEEP, mount, of_container, of_pod, until_logged};
+use crate::faults::KILL_AGENT;
+
+pub(crate) const CASES: &[Case] = cases![
+    vmm_is_killed_at_each_step,
+    shim_is_killed_at_each_step,
+    containerd_is_killed_at_each_step,
+    process_of_a_container_is_killed_at_each_step,
+    agent_dies_or_its_guest_hangs,
+    state_directory_is_full,
+    memory_runs_out_on_the_host_and_in_the_guest,
+];
+
+/// How soon what is said of a pod must be true, and all of a removed one gone.
+const SOON: Duration = Duration::from_secs(5);
+/// How long a container has to end when it is asked to: longer than any bound here.
+const GRACE: Duration = Duration::from_secs(1000);
+
+/// Where in its life a pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    SandboxStarts,
+    SandboxRuns,
+    ContainerStarts,
+    ContainerRuns,
+    ExecRuns,
+    ContainerStops,
+}
+
+const STEPS: [Step; 6] = [
+    Step::SandboxStarts,
+    Step::SandboxRuns,
+    Step::ContainerStarts,
+    Step::ContainerRuns,
+    Step::ExecRuns,
+    Step::ContainerStops,
+];
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Vmm,
+    Shim,
+    Containerd,
+}
+
+impl Victim {
+    fn kill(self, t: &Test, cri: &Cri<'_>) -> Result<()> {
+        match self {
+            Self::Vmm => signal(&t.vmms()?, Signal::KILL),
+            Self::Shim => signal(&t.processes(SHIM)?, Signal::KILL),
+            Self::Containerd => cri.restart(),
+        }
+    }
+}
+
+fn signal(processes: &[(i32, OwnedFd)], signal: Signal) -> Result<()> {
+    processes.iter().try_for_each(|(_, process)| Ok(pidfd_send_signal(process, signal)?))
+}
+
+/// Does something while a request is being made; both results.
+fn meanwhile<T>(request: impl FnOnce() -> T, act: impl FnOnce() -> Result<()> + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let acting = scope.spawn(act);
+        let answer = request();
+        acting.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+        Ok(answer)
+    })
+}
+
+fn vmm_is_killed_at_each_step(t: &Test) -> Result<()> {
+    each_step(t, Victim::Vmm)
+}
+
+fn shim_is_killed_at_each_step(t: &Test) -> Result<()> {
+    each_step(t, Victim::Shim)
+}
+
+fn containerd_is_killed_at_each_step(t: &Test) -> Result<()> {
+    each_step(t, Victim::Containerd)
+}
+
+fn each_step(t: &Test, victim: Victim) -> Result<()> {
+    let cri = Cri::new(t)?;
+    for (number, step) in STEPS.into_iter().enumerate() {
+        let case = || format!("{victim:?} is killed when {step:?}");
+        kill_at(t, &cri, victim, step, number).with_context(case)?;
+        nothing_stays(&cri).with_context(case)?;
+    }
+    next_pod_starts(&cri)?;
+    cri.end()
+}
+
+/// Removes all pods; all they had is gone then.
+fn nothing_stays(cri: &Cri<'_>) -> Result<()> {
+    cri.remove_all()?;
+    let gone = time::until_within(SOON, "nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
+    gone.with_context(|| format!("{:?}", cri.left_of_pods()))
+}
+
+fn next_pod_starts(cri: &Cri<'_>) -> Result<()> {
+    let pod = cri.run_pod(cri.pod_config("next"))?;
+    let id = pod.start(script("sleeper", SLEEP))?;
+    ensure!(pod.sh(&id, "echo fine")? == "fine\n");
+    pod.remove()
+}
+
+/// Takes a pod to a step of its life, kills somebody, and checks what containerd says then.
+fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -> Result<()> {
+    let kill = || victim.kill(t, cri);
+    let config = cri.pod_config(&format!("pod-{number}"));
+    if step == Step::SandboxStarts {
+        let started = meanwhile(
+            || cri.run_pod(config),
+            || {
+                time::until("there is a machine", || Ok(t.vmms().is_ok()))?;
+                kill()
+            },
+        )?;
+        let error = started.err().context("a pod without a machine")?;
+        let why = format!("{error:#}");
+        ensure!(victim != Victim::Vmm || why.contains("the virtual machine died"), "{why}");
+        return Ok(());
+    }
+    let pod = cri.run_pod(config)?;
+    let volume = t.scratch().join(format!("volume-{number}"));
+    fs::create_dir(&volume)?;
+    let told = |name: &str| time::until(name, || Ok(volume.join(name).exists()));
+    let mut config = script("main", "trap 'echo > /volume/term' TERM; echo up; while :; do sleep 1; done");
+    config.mounts.push(mount(&volume, "/volume", false));
+    match step {
+        Step::SandboxStarts => {}
+        Step::SandboxRuns => kill()?,
+        Step::ContainerStarts => {
+            // It cannot get any further.
+            signal(&t.vmms()?, Signal::STOP)?;
+            let started = meanwhile(
+                || pod.start(config),
+                || {
+                    let in_shim = || Ok(threads(t, "container")? == 2);
+                    time::until("the shim makes the container", in_shim)?;
+                    kill()?;
+                    // Whoever is alive goes on.
+                    t.vmms().map_or(Ok(()), |vmms| signal(&vmms, Signal::CONT))
+                },
+            )?;
+            ensure!(started.is_err(), "a container that was not made");
+        }
+        Step::ContainerRuns | Step::ExecRuns | Step::ContainerStops => {
+            let id = pod.start(config)?;
+            until_logged(&pod, "main", "up")?;
+            match step {
+                Step::ExecRuns => {
+                    let ended = meanwhile(
+                        || pod.exec(&id, "echo > /volume/exec; exec sleep 1000"),
+                        || {
+                            told("exec")?;
+                            kill()
+                        },
+                    )?;
+                    let code = ended.map(|finished| finished.code).unwrap_or(137);
+                    ensure!(code == 137, "the exit code of a killed command: {code}");
+                }
+                Step::ContainerStops => {
+                    // Whether containerd can say that it has stopped depends on who was killed.
+                    let _ = meanwhile(
+                        || pod.stop(&id, GRACE),
+                        || {
+                            told("term")?;
+                            kill()
+                        },
+                    )?;
+                }
+                _ => kill()?,
+            }
+            if victim == Victim::Containerd {
+                ensure!(pod.status(&id)?.state() == api::ContainerState::ContainerRunning);
+                ensure!(pod.sh(&id, "echo fine")? == "fine\n");
+                pod.stop(&id, Duration::ZERO)?;
+            }
+            let ended = has_ended(&pod, &id)?;
+            ensure!(victim == Victim::Shim || ended.exit_code == 137, "{ended:?}");
+        }
+    }
+    if victim == Victim::Containerd {
+        ensure!(
+            pod.pod_status()?.state() == api::PodSandboxState::SandboxReady,
+            "the pod outlives containerd"
+        );
+        return Ok(());
+    }
+    is_not_ready(&pod)
+}
+
+/// Waits, not for long, until containerd knows that a container has ended; how.
+fn has_ended(pod: &Pod<'_>, id: &str) -> Result<api::ContainerStatus> {
+    let exited = || Ok(pod.status(id)?.state() == api::ContainerState::ContainerExited);
+    time::until_within(SOON, "the container has ended", exited)?;
+    pod.status(id)
+}
+
+fn is_not_ready(pod: &Pod<'_>) -> Result<()> {
+    let is_not = || Ok(pod.pod_status()?.state() == api::PodSandboxState::SandboxNotready);
+    time::until_within(SOON, "the pod is not ready", is_not)
+}
+
+/// How many threads of shims have a name.
+fn threads(t: &Test, name: &str) -> Result<usize> {
+    let mut count = 0;
+    for (pid, _) in t.processes(SHIM)? {
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let comm = fs::read_to_string(thread?.path().join("comm")).unwrap_or_default();
+            count += usize::from(comm.trim_end() == name);
+        }
+    }
+    Ok(count)
+}
+
+fn process_of_a_container_is_killed_at_each_step(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    // Where processes are shared, another container can do it.
+    let mut config = cri.pod_config("shared");
+    of_pod(&mut config)?.namespace_options = Some(processes(Mode::Pod));
+    let pod = cri.run_pod(config)?;
+    let shared = |name: &str, text: &str| -> Result<api::ContainerConfig> {
+        let mut config = script(name, text);
+        config.mounts.push(mount(&t.scratch(), "/volume", false));
+        of_container(&mut config)?.namespace_options = Some(processes(Mode::Pod));
+        Ok(config)
+    };
+    let killer = pod.start(shared("killer", SLEEP)?)?;
+    for step in [Step::ContainerRuns, Step::ExecRuns, Step::ContainerStops] {
+        let name = format!("{step:?}").to_lowercase();
+        let text = format!(
+            "echo $$ > /volume/{name}.pid; trap 'echo > /volume/term' TERM; echo {name}; while :; do sleep 1; done"
+        );
+        let id = pod.start(shared(&name, &text)?)?;
+        until_logged(&pod, &name, &name)?;
+        let kill = || pod.sh(&killer, &format!("kill -9 $(cat /volume/{name}.pid)")).map(drop);
+        let told = |name: &str| time::until(name, || Ok(t.scratch().join(name).exists()));
+        match step {
+            Step::ExecRuns => {
+                let finished = meanwhile(
+                    || pod.exec(&id, "echo > /volume/exec; exec sleep 1000"),
+                    || {
+                        told("exec")?;
+                        kill()
+                    },
+                )??;
+                ensure!(finished.code == 137, "{finished:?}");
+            }
+            Step::ContainerStops => meanwhile(
+                || pod.stop(&id, GRACE),
+                || {
+                    told("term")?;
+                    kill()
+                },
+            )??,
+            _ => kill()?,
+        }
+        let ended = has_ended(&pod, &id)?;
+        ensure!(ended.exit_code == 137 && ended.reason == "Error", "{step:?}: {ended:?}");
+        ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady, "the others live");
+        pod.remove_container(&id)?;
+    }
+    pod.remove()?;
+    nothing_stays(&cri)?;
+    cri.end()
+}
+
+fn agent_dies_or_its_guest_hangs(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let mut config = cri.pod_config("agent");
+    let context = of_pod(&mut config)?;
+    context.privileged = true;
+    context.namespace_options = Some(processes(Mode::Node));
+    let pod = cri.run_pod(config)?;
+    let mut config = script("killer", KILL_AGENT);
+    let context = of_container(&mut config)?;
+    context.privileged = true;
+    context.namespace_options = Some(processes(Mode::Node));
+    let id = pod.start(config)?;
+    let ended = has_ended(&pod, &id)?;
+    ensure!(ended.exit_code == 137, "{ended:?}");
+    is_not_ready(&pod)?;
+    pod.remove()?;
+    nothing_stays(&cri).context("the agent died")?;
+
+    for with_container in [false, true] {
+        let pod = cri.run_pod(cri.pod_config(&format!("hangs-{with_container}")))?;
+        let id = with_container.then(|| pod.start(script("sleeper", SLEEP))).transpose()?;
+        signal(&t.vmms()?, Signal::STOP)?;
+        let before = Instant::now();
+        if let Some(id) = id {
+            let error =
+                pod.stop(&id, Duration::from_secs(1)).err().context("a signal that was not delivered")?;
+            ensure!(format!("{error:#}").contains("did not deliver a signal"), "{error:#}");
+            ensure!(has_ended(&pod, &id)?.exit_code == 137, "{:?}", pod.status(&id)?);
+        }
+        pod.remove()?;
+        // 10 s for the signal.
+        let bound = time::scaled(SOON) + Duration::from_secs(10);
+        ensure!(before.elapsed() < bound, "it took {:?}", before.elapsed());
+        nothing_stays(&cri).context("the guest hung")?;
+    }
+    next_pod_starts(&cri)?;
+    cri.end()
+}
+
+fn state_directory_is_full(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let dir = Path::new("/run/kvrun/containerd");
+    fs::create_dir_all(dir)?;
+    // No room for a directory, or for what is in it.
+    for (name, room) in [("directory", c"nr_inodes=1"), ("file", c"nr_inodes=3"), ("bytes", c"size=4k")] {
+        mount_fs("none", dir, "tmpfs", MountFlags::empty(), room)?;
+        let error =
+            cri.run_pod(cri.pod_config(name)).err().with_context(|| format!("a pod without a {name}"))?;
+        ensure!(format!("{error:#}").contains("No space left on device"), "{name}: {error:#}");
+        let gone = time::until_within(SOON, "nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
+        gone.with_context(|| format!("{name}: {:?}", cri.left_of_pods()))?;
+        unmount(dir, UnmountFlags::empty())?;
+    }
+    next_pod_starts(&cri)?;
+    cri.end()
+}
+
+fn memory_runs_out_on_the_host_and_in_the_guest(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = cri.run_pod(cri.pod_config("host"))?;
+    let id = pod.start(script("sleeper", SLEEP))?;
+    until_logged(&pod, "sleeper", "up")?;
+    // Less than the guest has touched already.
+    let limit = cgroup(t).join("memory.max");
+    fs::write(&limit, (16 << 20).to_string())?;
+    let ended = has_ended(&pod, &id)?;
+    ensure!(ended.exit_code == 137, "{ended:?}");
+    is_not_ready(&pod)?;
+    pod.remove()?;
+    fs::write(&limit, "max")?;
+    nothing_stays(&cri).context("no memory on the host")?;
+
+    let mut config = cri.pod_config("guest");
+    config.linux.as_mut().context("none")?.resources =
+        Some(api::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() });
+    let pod = cri.run_pod(config)?;
+    let other = pod.start(script("sleeper", SLEEP))?;
+    // It has no limit but the machine.
+    let hungry = pod.start(script("hungry", "exec tail /dev/zero"))?;
+    let ended = pod.wait(&hungry)?;
+    ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
+    ensure!(pod.sh(&other, "echo fine")? == "fine\n", "the others are not killed");
+    pod.remove()?;
+    nothing_stays(&cri).context("no memory in the guest")?;
+    cri.end()
+}

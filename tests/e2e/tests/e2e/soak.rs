@@ -1,0 +1,81 @@
+//! Many pods: one after another, and all at once. How many is a setting, because most hosts have no time for many.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use kvrun_e2e::cri::{Cri, Pod, script};
+use kvrun_e2e::{Case, Test, cases, time};
+
+use crate::cri::{SLEEP, until_logged};
+
+pub(crate) const CASES: &[Case] = cases![pods_in_sequence_leave_nothing_and_take_no_memory, pods_at_once];
+
+/// The environment variable with the number of pods.
+const COUNT_VARIABLE: &str = "KVRUN_E2E_PODS";
+/// How many are at once, at most: as many as a host with 4 GiB has room for.
+const AT_ONCE: usize = 30;
+/// From how many pods on memory is looked at: below, whatever else the host does weighs more.
+const MEASURED: usize = 50;
+/// What may be gone of the host's memory in the end, in KiB: containerd's, and what it has logged.
+const MEMORY: u64 = 64 << 10;
+
+fn count() -> Result<usize> {
+    match std::env::var(COUNT_VARIABLE) {
+        Ok(text) => text.parse().with_context(|| format!("{COUNT_VARIABLE}={text} is no number")),
+        Err(_) => Ok(4),
+    }
+}
+
+fn start<'c>(cri: &'c Cri<'_>, number: usize) -> Result<Pod<'c>> {
+    let pod = cri.run_pod(cri.pod_config(&format!("pod-{number}")))?;
+    pod.start(script("main", SLEEP))?;
+    Ok(pod)
+}
+
+fn nothing_is_left(cri: &Cri<'_>) -> Result<()> {
+    let gone = time::until("nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
+    gone.with_context(|| format!("{:?}", cri.left_of_pods()))
+}
+
+/// What the host could still give, in KiB.
+fn memory_available() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    Ok(line.context("no MemAvailable")?.trim_end_matches(" kB").trim().parse()?)
+}
+
+fn pods_in_sequence_leave_nothing_and_take_no_memory(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let count = count()?;
+    let mut before = 0;
+    for number in 0..count {
+        let pod = start(&cri, number)?;
+        until_logged(&pod, "main", "up")?;
+        pod.remove()?;
+        nothing_is_left(&cri).with_context(|| format!("after pod {number}"))?;
+        // By then all is in memory that is read but once.
+        if number == count / 4 {
+            before = memory_available()?;
+        }
+    }
+    let after = memory_available()?;
+    let lost = before.saturating_sub(after);
+    ensure!(
+        count < MEASURED || lost < MEMORY,
+        "{before} KiB were available after a quarter, {after} KiB in the end"
+    );
+    cri.end()
+}
+
+fn pods_at_once(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let count = count()?.min(AT_ONCE);
+    let pods = (0..count).map(|number| start(&cri, number)).collect::<Result<Vec<_>>>()?;
+    ensure!(t.vmms()?.len() == count, "a machine each");
+    for pod in &pods {
+        until_logged(pod, "main", "up")?;
+    }
+    pods.into_iter().try_for_each(Pod::remove)?;
+    nothing_is_left(&cri)?;
+    cri.end()
+}
