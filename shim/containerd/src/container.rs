@@ -11,7 +11,7 @@ use kvrun_pod::record::Record;
 use kvrun_pod::share::Place;
 use kvrun_pod::text;
 
-use crate::error::{Error, host};
+use crate::error::Error;
 use crate::machine::Machine;
 use crate::rootfs::Rootfs;
 use crate::stdio::Names;
@@ -140,8 +140,6 @@ impl Container {
 
     /// Changes its limits.
     pub(crate) async fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
-        let json = serde_json::to_vec(resources).map_err(host("write the resources"))?;
-        let vm = &self.machine.vm;
-        Ok(vm.or_death(vm.agent().update(&self.id, json)).await?)
+        Ok(self.task.process()?.update(resources).await?)
     }
 }

@@ -9,6 +9,7 @@ use kvrun_pod::bundle::BundleError;
 use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::container::CreateError;
 use kvrun_pod::container_id::InvalidContainerId;
+use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
 use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
@@ -92,6 +93,9 @@ pub(crate) enum Error {
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The machine cannot be as large as is asked.
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
     /// The machine or its agent.
     #[error(transparent)]
     Pod(#[from] PodError),
@@ -135,9 +139,16 @@ impl Error {
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::TooSlow { .. } => Code::DEADLINE_EXCEEDED,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Self::Pod(error)
+            Self::Growth(GrowthError::Pod(error))
+            | Self::Pod(error)
             | Self::Create(CreateError::Pod(error))
             | Self::Network(NetworkError::Pod(error)) => code_of(error),
+            Self::Growth(error) | Self::Create(CreateError::Growth(error)) => match error {
+                GrowthError::Size(_) => Code::INVALID_ARGUMENT,
+                GrowthError::NoSlot => Code::FAILED_PRECONDITION,
+                GrowthError::NotPlugged { .. } => Code::DEADLINE_EXCEEDED,
+                _ => Code::INTERNAL,
+            },
             Self::Network(NetworkError::Host { .. }) => Code::INTERNAL,
             // What the namespace has is none of our making.
             Self::Network(_) => Code::FAILED_PRECONDITION,

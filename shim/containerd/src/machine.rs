@@ -48,7 +48,7 @@ impl Machine {
     ) -> Result<(Self, Spec, Place), Error> {
         let size = VmSize::for_spec(bundle.spec())?;
         let namespace = network_namespace(host_side, bundle, task)?;
-        let mut network = namespace.map(|namespace| Network::new(namespace, size.vcpus.max));
+        let mut network = namespace.map(|namespace| Network::new(namespace, size.vcpus.boot));
         let assets = Assets::open(&Explicit::default())?;
         std::fs::create_dir_all(&host_side.state_root).map_err(host("make the state directory"))?;
         let dir = ContainerDir::claim(&host_side.state_root, id)?;

@@ -90,7 +90,7 @@ impl Prepared {
             HostNetwork::None => None,
             HostNetwork::New | HostNetwork::Named { .. } => {
                 let namespace = NetworkNamespace::current().map_err(host("find the network namespace"))?;
-                Some(Network::new(namespace, size.vcpus.max))
+                Some(Network::new(namespace, size.vcpus.boot))
             }
         };
         let cgroup = join_cgroup(global, bundle, &dir)?;
@@ -149,7 +149,7 @@ impl Prepared {
         let dir = self.dir.reopen()?;
         let container = Container::new(process, bundle, dir, self.record.clone(), None)?;
         let (share, links) = (Arc::clone(&self.share), Arc::clone(&self.links));
-        let monitor = Monitor::new(pod.clone(), self.size, share, links, self.home(), &container)?;
+        let monitor = Monitor::new(pod.clone(), share, links, self.home(), &container)?;
         monitor.serve(self.dir.as_fd())?;
         Ok((monitor, container))
     }

@@ -8,6 +8,7 @@ use kvrun_pod::bundle::BundleError;
 use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::container::{CreateError, ProgramFault};
 use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
+use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
 use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
@@ -42,6 +43,8 @@ pub(crate) enum Error {
     Share(#[from] ShareError),
     #[error(transparent)]
     Create(#[from] CreateError),
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
     #[error(transparent)]
     Pod(#[from] PodError),
     #[error(transparent)]
@@ -164,7 +167,9 @@ impl Error {
     fn pod_error(&self) -> Option<&PodError> {
         match self {
             Self::Create(error) => error.pod_error(),
-            Self::Pod(error) | Self::Network(NetworkError::Pod(error)) => Some(error),
+            Self::Pod(error)
+            | Self::Growth(GrowthError::Pod(error))
+            | Self::Network(NetworkError::Pod(error)) => Some(error),
             _ => None,
         }
     }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::disks::DiskError;
+use crate::growth::GrowthError;
 use crate::pod::PodError;
 use crate::process::Process;
 use crate::stdio::{Copying, StdioError};
@@ -24,9 +25,21 @@ pub enum CreateError {
     /// It cannot have a block device of the host.
     #[error(transparent)]
     Disk(DiskError),
+    /// The machine cannot be as large as it asks.
+    #[error(transparent)]
+    Growth(GrowthError),
     /// The machine or the agent failed.
     #[error(transparent)]
     Pod(#[from] PodError),
+}
+
+impl From<GrowthError> for CreateError {
+    fn from(error: GrowthError) -> Self {
+        match error {
+            GrowthError::Pod(error) => Self::Pod(error),
+            error => Self::Growth(error),
+        }
+    }
 }
 
 impl From<DiskError> for CreateError {

@@ -162,7 +162,7 @@ async fn attach_one(
     let config = DeviceConfig::Blk {
         read_only,
         serial: String::new(),
-        queues: pod.vcpus.clamp(1, MAX_BLK_QUEUES),
+        queues: pod.growth.boot_vcpus().clamp(1, MAX_BLK_QUEUES),
         limit: RateLimit::default(),
     };
     if let Err(error) = pod.vmm.attach(slot, config, &[file.as_fd()]).await {

@@ -12,7 +12,8 @@
 //! 5. [`Pod::create`](pod::Pod::create) makes a [`Container`](container::Container), which is started, waited for and signalled;
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
-//! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host.
+//! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
+//! containers ask.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
 //!
@@ -28,6 +29,7 @@ pub mod channel;
 pub mod container;
 pub mod container_id;
 pub mod disks;
+pub mod growth;
 pub mod hooks;
 pub mod host_process;
 pub mod network;

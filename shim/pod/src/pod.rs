@@ -21,6 +21,7 @@ use crate::bundle::Bundle;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
 use crate::disks::{self, Disks};
+use crate::growth::{self, Growth};
 use crate::process::Process;
 use crate::share::{GUEST_SHARE_DIR, Place, SHARE_TAG, Share};
 use crate::size::VmSize;
@@ -125,7 +126,7 @@ fn kvm_hint(source: &io::Error) -> String {
 pub fn machine(size: VmSize) -> VmConfig {
     VmConfig {
         memory_mib: size.memory_mib,
-        hotplug_mib: 0,
+        hotplug_mib: size.max_memory_mib - size.memory_mib,
         vcpus: size.vcpus,
         cmdline: KERNEL_CMDLINE.to_owned(),
         slots: SLOTS,
@@ -140,7 +141,7 @@ pub struct Starting {
     booting: Booting,
     ready: GuestConnection,
     kernel: PathBuf,
-    vcpus: u8,
+    growth: Arc<Growth>,
 }
 
 impl Starting {
@@ -159,10 +160,10 @@ impl Starting {
     fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
         tracing::debug!(memory_mib = config.memory_mib, vcpus = config.vcpus.boot, "booting");
         let ready = vmm.expect(READY_PORT);
-        let vcpus = config.vcpus.boot;
+        let growth = Growth::new(&config);
         let booting =
             vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
-        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone(), vcpus })
+        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone(), growth })
     }
 
     /// The VMM.
@@ -175,7 +176,7 @@ impl Starting {
     /// # Errors
     /// [`PodError`]; the machine is then killed.
     pub async fn ready(self) -> Result<Pod, PodError> {
-        let Self { vmm, booting, ready, kernel, vcpus } = self;
+        let Self { vmm, booting, ready, kernel, growth } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(end) => PodError::Died(end),
             source => PodError::Boot { kernel, source },
@@ -199,7 +200,7 @@ impl Starting {
             Err(PodError::Vmm(VmmError::Ended(end))) => return Err(PodError::Died(end)),
             Err(error) => return Err(error),
         };
-        let pod = Pod { vmm, agent, vcpus, slots: Arc::default(), disks: Arc::default() };
+        let pod = Pod { vmm, agent, growth, slots: Arc::default(), disks: Arc::default() };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
         tracing::debug!("the guest has the share");
@@ -226,7 +227,7 @@ fn open_kvm() -> Result<File, PodError> {
 pub struct Pod {
     pub(crate) vmm: Vmm,
     pub(crate) agent: Agent,
-    pub(crate) vcpus: u8,
+    pub(crate) growth: Arc<Growth>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) disks: Arc<Disks>,
 }
@@ -266,8 +267,8 @@ impl Pod {
         Ok(Container::new(process, Copying::start(stdio, streams)?))
     }
 
-    /// As [`Pod::create`], for streams that somebody else copies; `bundle` is what hooks in the guest are told. Block devices of the
-    /// host that the spec names are attached.
+    /// As [`Pod::create`], for streams that somebody else copies; `bundle` is what hooks in the guest are told. The machine grows as the
+    /// limits in the spec ask, and block devices of the host that it names are attached.
     ///
     /// # Errors
     /// [`CreateError`].
@@ -278,7 +279,14 @@ impl Pod {
         spec: &oci_spec::runtime::Spec,
         wanted: Wanted,
     ) -> Result<(Process, Streams), CreateError> {
-        let (spec, disks) = disks::attach(self, spec).await?;
+        let claim = growth::claim(self, spec).await?;
+        let (spec, disks) = match disks::attach(self, spec).await {
+            Ok(attached) => attached,
+            Err(error) => {
+                growth::release(self, &claim);
+                return Err(error.into());
+            }
+        };
         let created = async {
             let spec_json = serde_json::to_vec(&*spec).map_err(CreateError::Serialize)?;
             let planned = Planned::new(wanted)?;
@@ -288,10 +296,11 @@ impl Pod {
         match created.await {
             Ok(streams) => {
                 tracing::debug!(%id, "created");
-                Ok((Process::new(self.clone(), id.clone(), String::new(), disks), streams))
+                Ok((Process::containers_own(self.clone(), id.clone(), disks, claim), streams))
             }
             Err(error) => {
                 disks::detach(self, &disks).await;
+                growth::release(self, &claim);
                 Err(error)
             }
         }
@@ -312,7 +321,7 @@ impl Pod {
         let planned = Planned::new(wanted)?;
         let started = self.agent.exec(id, &exec_id, process_json, planned.tokens());
         let streams = self.with_streams(started, planned).await?;
-        Ok((Process::new(self.clone(), id.clone(), exec_id, Vec::new()), streams))
+        Ok((Process::further(self.clone(), id.clone(), exec_id), streams))
     }
 
     async fn with_streams(
@@ -387,4 +396,4 @@ impl Pod {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

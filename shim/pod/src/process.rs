@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use oci_spec::runtime::LinuxResources;
 use tokio::time::timeout;
 
 use crate::agent::{AgentError, ProcessEnd};
 use crate::container::{Exit, ExitState, VmDeath};
 use crate::container_id::ContainerId;
 use crate::disks;
+use crate::growth::{self, Claim, GrowthError};
 use crate::pod::{Pod, PodError};
 use crate::text;
 
@@ -30,11 +32,19 @@ pub struct Process {
     exec_id: String,
     /// What its container has of the host's block devices.
     disks: Arc<[(i64, i64)]>,
+    /// What its container takes of the machine. None for a further process.
+    claim: Option<Arc<Claim>>,
 }
 
 impl Process {
-    pub(crate) fn new(pod: Pod, id: ContainerId, exec_id: String, disks: Vec<(i64, i64)>) -> Self {
-        Self { pod, id, exec_id, disks: disks.into() }
+    /// The one that a container is made for.
+    pub(crate) fn containers_own(pod: Pod, id: ContainerId, disks: Vec<(i64, i64)>, claim: Claim) -> Self {
+        Self { pod, id, exec_id: String::new(), disks: disks.into(), claim: Some(Arc::new(claim)) }
+    }
+
+    /// One in a container that is there.
+    pub(crate) fn further(pod: Pod, id: ContainerId, exec_id: String) -> Self {
+        Self { pod, id, exec_id, disks: Arc::default(), claim: None }
     }
 
     /// Whether it is a container's own, and not a further one.
@@ -96,6 +106,18 @@ impl Process {
         self.pod.or_death(self.pod.agent.resize(&self.id, &self.exec_id, rows, columns)).await
     }
 
+    /// Changes the limits of its container, and with them the size of the machine. What is not in `resources` stays as it is. Does nothing for a
+    /// further process.
+    ///
+    /// # Errors
+    /// [`GrowthError`].
+    pub async fn update(&self, resources: &LinuxResources) -> Result<(), GrowthError> {
+        match &self.claim {
+            Some(claim) => growth::update(&self.pod, claim, &self.id, resources).await,
+            None => Ok(()),
+        }
+    }
+
     /// Kills what is left of its container and removes that from the guest, within 15 s or with the machine.
     pub async fn delete(&self) {
         let removed = timeout(REMOVAL_TIMEOUT, self.pod.or_death(self.pod.agent.remove(&self.id))).await;
@@ -103,5 +125,8 @@ impl Process {
             self.pod.vmm.kill("the container could not be removed from the guest").await;
         }
         disks::detach(&self.pod, &self.disks).await;
+        if let Some(claim) = &self.claim {
+            growth::release(&self.pod, claim);
+        }
     }
 }

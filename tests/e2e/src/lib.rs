@@ -6,6 +6,7 @@
 //! * [`fixture`] - [`Test`]: the directories of one test, and how it starts `kvrun`.
 //! * [`bundle`] - OCI bundles with a busybox userland.
 //! * [`engine`] - podman and docker, with `kvrun` as their runtime.
+//! * [`guest`] - what a container sees of the machine that it is in.
 //! * [`process`] - a running `kvrun`, its captured streams and its [`Outcome`], every wait bounded.
 //! * [`vm`] - a virtual machine without `kvrun` around it, for tests of devices.
 //! * [`lifecycle`] - containers created and started by commands of their own.
@@ -28,6 +29,7 @@ pub mod containerd;
 pub mod cri;
 pub mod engine;
 pub mod fixture;
+pub mod guest;
 pub mod harness;
 pub mod isolation;
 pub mod leaks;

@@ -89,15 +89,15 @@ impl AddressSpace {
     /// Maps what `layout` says. Only address space is taken; the host hands out pages of zeroes as they are touched.
     ///
     /// # Errors
-    /// [`MemoryError`] if the host has not the address space. That it has none for the window, which is the largest part, is no
+    /// [`MemoryError`] if the host has not the address space for RAM. That it has none for what may be plugged, or for files, is no
     /// error: there is none, then.
     pub fn map(layout: &MemoryLayout) -> Result<Self, MemoryError> {
         let map =
             |&(base, length): &(GuestAddress, u64), backing| map_region(base, length, backing).map(Arc::new);
         let ram: Vec<Region> =
             layout.ram.iter().map(|range| map(range, Backing::Memory)).collect::<Result<_, _>>()?;
-        let hotplug = layout.hotplug.as_ref().map(|range| map(range, Backing::Memory)).transpose()?;
-        // A host that accounts for address space (vm.overcommit_memory=2) may refuse.
+        // A host that accounts for address space (vm.overcommit_memory=2) may refuse these.
+        let hotplug = layout.hotplug.as_ref().and_then(|range| map(range, Backing::Memory).ok());
         let window = layout.window.as_ref().and_then(|range| map(range, Backing::Files).ok());
         let anonymous: Vec<Region> = ram.iter().chain(&hotplug).cloned().collect();
         let all = anonymous.iter().chain(&window).cloned().collect();
@@ -224,9 +224,11 @@ mod tests {
         }
         assert!(space.all.write_obj(1u8, GuestAddress((1 << 32) + 256 * MIB)).is_err());
         assert_eq!(space.hotplug.unwrap().start_addr(), GuestAddress(1 << 32));
-        // The window is too large for any host; the machine does without.
-        let layout = MemoryLayout { window: Some((GuestAddress(2 << 32), 1 << 47)), ..layout };
-        assert!(AddressSpace::map(&layout).unwrap().window.is_none());
+        // These are too large for any host; the machine does without.
+        let too_large = Some((GuestAddress(2 << 32), 1 << 47));
+        let layout = MemoryLayout { window: too_large, hotplug: too_large, ..layout };
+        let space = AddressSpace::map(&layout).unwrap();
+        assert!(space.window.is_none() && space.hotplug.is_none());
     }
 
     #[test]

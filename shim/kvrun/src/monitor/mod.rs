@@ -25,9 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvrun_pod::agent::ProcEntry;
-use kvrun_pod::bundle::{
-    self, Bundle, HandedOver, HostNetwork, LinuxMemory, LinuxResources, Process as OciProcess,
-};
+use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, Process as OciProcess};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
 use kvrun_pod::network::{self, Identity, NetworkNamespace};
@@ -35,7 +33,6 @@ use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
 use kvrun_pod::share::{Share, Trees};
-use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -59,8 +56,6 @@ const BACKLOG: i32 = 128;
 #[derive(Debug)]
 pub(crate) struct Monitor {
     pod: Pod,
-    /// Of the machine, in bytes.
-    memory: u64,
     share: Arc<Share>,
     links: Links,
     /// The network namespace of the machine.
@@ -90,7 +85,6 @@ impl Monitor {
     /// Serves a machine with its first container.
     pub(crate) fn new(
         pod: Pod,
-        size: VmSize,
         share: Arc<Share>,
         links: Links,
         home: Arc<NetworkNamespace>,
@@ -100,7 +94,6 @@ impl Monitor {
         let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
         Ok(Arc::new(Self {
             pod,
-            memory: u64::from(size.memory_mib) << 20,
             share,
             links,
             network: network.map_err(host("find the network namespace"))?,
@@ -255,20 +248,9 @@ impl Monitor {
         Ok(self.pod.or_death(self.pod.agent().stats(&id)).await?.counters)
     }
 
-    async fn update(&self, container: &Container, resources: &LinuxResources) -> Result<(), Error> {
-        let id = running(container)?;
-        // A limit that the machine cannot reach would be a promise that its own OOM killer breaks.
-        let limit = resources.memory().as_ref().and_then(LinuxMemory::limit);
-        if let Some(limit) =
-            limit.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > self.memory)
-        {
-            let memory = self.memory;
-            return Err(Error::Option(format!(
-                "linux.resources.memory.limit {limit} is more than the {memory} bytes of the container's machine, which do not grow: create the container with a higher limit"
-            )));
-        }
-        let json = serde_json::to_vec(resources).map_err(host("write the resources"))?;
-        Ok(self.pod.or_death(self.pod.agent().update(&id, json)).await?)
+    async fn update(container: &Container, resources: &LinuxResources) -> Result<(), Error> {
+        running(container)?;
+        Ok(container.process.update(resources).await?)
     }
 
     /// Creates a further container in the machine.

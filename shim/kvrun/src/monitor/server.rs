@@ -97,7 +97,7 @@ async fn answer(
         Request::HostProcesses => return data(&Monitor::host_processes(&container)?),
         Request::LookAtProc { path } => return data(&monitor.look_at_proc(&container, path).await?),
         Request::Stats => return data(&monitor.stats(&container).await?),
-        Request::Update => monitor.update(&container, &read(fds)?).await?,
+        Request::Update => Monitor::update(&container, &read(fds)?).await?,
         // Only where there is a process.
         Request::Signal { .. } | Request::Resize { .. } => {}
         Request::Exec { .. } | Request::Create { .. } => {}

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use kvrun_agent_api::agent as api;
 use kvrun_agent_api::agent_ttrpc::create_agent;
 use kvrun_agent_api::{STREAM_PORT, TOKEN_LEN};
-use kvrun_vmm_api::{Event, ExitReason, Request, VcpuConfig};
+use kvrun_vmm_api::{Event, ExitReason, Reply, Request, VcpuConfig, VmState};
 use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 use ttrpc::r#async::{Server, TtrpcContext, transport};
@@ -24,7 +24,7 @@ use crate::vmm::tests::{FakeVmm, fake};
 
 /// What the fake guest's only container does once it is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Program {
+pub(crate) enum Program {
     /// Copies its input to its output and exits with 3.
     Cat,
     /// Writes a line and exits with 0, but leaves its output open.
@@ -39,6 +39,19 @@ enum Program {
     Hang,
 }
 
+/// How large the fake guest is asked to be, and whether it obeys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// As the agent was asked last; 0: never.
+    pub(crate) cpus: u32,
+    /// As the VMM was asked last.
+    pub(crate) plugged_mib: u32,
+    /// Devices of memory.
+    pub(crate) devices: u32,
+    /// It plugs nothing.
+    pub(crate) is_stubborn: bool,
+}
+
 type Streams = Arc<Mutex<HashMap<u64, StdUnixStream>>>;
 
 struct FakeAgent {
@@ -48,6 +61,7 @@ struct FakeAgent {
     end: watch::Sender<Option<api::WaitProcessResponse>>,
     panic: std::sync::mpsc::Sender<()>,
     left_open: Mutex<Vec<StdUnixStream>>,
+    extent: Arc<Mutex<Extent>>,
 }
 
 fn exited(code: u32) -> Option<api::WaitProcessResponse> {
@@ -75,8 +89,34 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         _: &TtrpcContext,
         request: api::BindSlotRequest,
     ) -> ttrpc::Result<api::BindSlotResponse> {
-        assert_eq!(request.slot, u32::from(SHARE_SLOT));
+        assert!(request.slot >= u32::from(SHARE_SLOT));
         Ok(api::BindSlotResponse::new())
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: api::SetCpusRequest) -> ttrpc::Result<api::Empty> {
+        self.extent.lock().unwrap().cpus = request.online;
+        Ok(api::Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let resources: oci_spec::runtime::LinuxResources =
+            serde_json::from_slice(&request.resources_json).unwrap();
+        if resources.pids().is_some() {
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INVALID_ARGUMENT, "no")));
+        }
+        Ok(api::Empty::new())
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        _: api::ContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        Ok(api::Empty::new())
     }
 
     async fn mount(&self, _: &TtrpcContext, request: api::MountRequest) -> ttrpc::Result<api::Empty> {
@@ -176,6 +216,14 @@ fn serve(agent: FakeAgent, mut connections: mpsc::UnboundedReceiver<StdUnixStrea
 
 /// A VMM with a guest that boots at once and whose container runs `program`.
 fn guest(program: Program) -> impl FnOnce(FakeVmm) + Send + 'static {
+    guest_with(program, Arc::default())
+}
+
+/// As [`guest`], which is as large as it is asked to be.
+pub(crate) fn guest_with(
+    program: Program,
+    extent: Arc<Mutex<Extent>>,
+) -> impl FnOnce(FakeVmm) + Send + 'static {
     move |vmm| {
         let (connections, receiver) = mpsc::unbounded_channel();
         let (panic, panicked) = std::sync::mpsc::channel();
@@ -187,6 +235,7 @@ fn guest(program: Program) -> impl FnOnce(FakeVmm) + Send + 'static {
             end: watch::Sender::new(None),
             panic,
             left_open: Mutex::default(),
+            extent: Arc::clone(&extent),
         };
         thread::spawn(move || serve(agent, receiver));
         let vmm = Arc::new(vmm);
@@ -223,6 +272,20 @@ fn guest(program: Program) -> impl FnOnce(FakeVmm) + Send + 'static {
                         });
                     }
                 }
+                Request::Attach { device: DeviceConfig::Mem, .. } => {
+                    extent.lock().unwrap().devices += 1;
+                    vmm.done(id);
+                }
+                Request::ResizeMemory { plugged_mib } => {
+                    extent.lock().unwrap().plugged_mib = plugged_mib;
+                    vmm.done(id);
+                }
+                Request::State => {
+                    let extent = *extent.lock().unwrap();
+                    let plugged_mib = if extent.is_stubborn { 0 } else { extent.plugged_mib };
+                    let state = Reply::State(VmState { plugged_mib, ..empty_state() });
+                    vmm.send(&kvrun_vmm_api::FromVmm::Reply { id, result: Ok(state) });
+                }
                 Request::Stop => {
                     vmm.done(id);
                     let event = Event::Exited { reason: ExitReason::Stopped, console_tail: String::new() };
@@ -239,17 +302,33 @@ fn asset() -> Asset {
     Asset { path: "/dev/null".into(), file: File::open("/dev/null").unwrap(), size: 0 }
 }
 
-async fn boot(behaviour: impl FnOnce(FakeVmm) + Send + 'static) -> Result<Pod, PodError> {
+/// How large the machine is, and can be.
+pub(crate) const SIZE: VmSize =
+    VmSize { vcpus: VcpuConfig { boot: 1, max: 4 }, memory_mib: 128, max_memory_mib: 1024 };
+
+fn empty_state() -> VmState {
+    VmState {
+        paused: false,
+        slots: Vec::new(),
+        first_entry_ns: 0,
+        boot_marks: Vec::new(),
+        exits: Vec::new(),
+        plugged_mib: 0,
+        balloon_mib: 0,
+    }
+}
+
+/// A machine with that VMM.
+pub(crate) async fn boot(behaviour: impl FnOnce(FakeVmm) + Send + 'static) -> Result<Pod, PodError> {
     let assets = Assets { kernel: asset(), initramfs: asset(), vmm: asset() };
-    let size = VmSize { vcpus: VcpuConfig { boot: 1, max: 1 }, memory_mib: 128 };
-    Starting::boot(fake(behaviour), &asset().file, &assets, machine(size))?.ready().await
+    Starting::boot(fake(behaviour), &asset().file, &assets, machine(SIZE))?.ready().await
 }
 
 fn id() -> ContainerId {
     "c1".parse().unwrap()
 }
 
-fn run(test: impl Future<Output = ()>) {
+pub(crate) fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let bounded = async { timeout(Duration::from_secs(60), test).await.expect("the test ends") };
     runtime.block_on(bounded);

@@ -86,8 +86,8 @@ impl Machine {
         let share = File::open(&share)?;
 
         let vcpus = VcpuConfig { boot: shape.vcpus, max: shape.max_vcpus.max(shape.vcpus) };
-        let mut config = pod::machine(VmSize { vcpus, memory_mib: shape.memory_mib });
-        config.hotplug_mib = shape.hotplug_mib;
+        let max_memory_mib = shape.memory_mib + shape.hotplug_mib;
+        let mut config = pod::machine(VmSize { vcpus, memory_mib: shape.memory_mib, max_memory_mib });
         config.slots = shape.slots;
         config.cmdline = format!("{} {}", config.cmdline, shape.cmdline);
 

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
+use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::{Case, Test, cases, time};
 
@@ -24,6 +25,7 @@ pub(crate) const CASES: &[Case] = cases![
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     limits_hold_and_can_be_changed,
+    machine_grows_and_shrinks_with_what_its_containers_ask_for,
 ];
 
 /// How long a container has to end when it is asked to.
@@ -380,6 +382,23 @@ fn security_context_holds(t: &Test) -> Result<()> {
     cri.end()
 }
 
+fn limited(cpu_quota: i64, memory_mib: i64) -> api::LinuxContainerResources {
+    api::LinuxContainerResources {
+        memory_limit_in_bytes: memory_mib << 20,
+        cpu_period: 100_000,
+        cpu_quota,
+        cpu_shares: 512,
+        ..Default::default()
+    }
+}
+
+/// A container that sleeps, with these limits.
+fn with_limits(name: &str, resources: api::LinuxContainerResources) -> Result<api::ContainerConfig> {
+    let mut config = script(name, SLEEP);
+    config.linux.as_mut().context("none")?.resources = Some(resources);
+    Ok(config)
+}
+
 fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
     let cri = Cri::new(t)?;
     // What its containers come to, as a kubelet adds it up.
@@ -391,29 +410,49 @@ fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
         ..Default::default()
     });
     let pod = cri.run_pod(config)?;
-    let limited = |memory: i64| api::LinuxContainerResources {
-        memory_limit_in_bytes: memory,
-        cpu_period: 100_000,
-        cpu_quota: 50_000,
-        cpu_shares: 512,
-        ..Default::default()
-    };
-    let mut config = script("limited", SLEEP);
-    config.linux.as_mut().context("none")?.resources = Some(limited(64 << 20));
-    let id = pod.start(config)?;
+    let id = pod.start(with_limits("limited", limited(50_000, 64))?)?;
     let files = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
     ensure!(pod.sh(&id, files)? == "67108864\n50000 100000\n20\n", "{}", pod.sh(&id, files)?);
     ensure!(pod.sh(&id, "nproc")? == "2\n", "the machine has 1.5 CPUs, rounded up");
     let total: u64 = pod.sh(&id, "awk '/MemTotal/ {print $2}' /proc/meminfo")?.trim().parse()?;
     ensure!((256 << 10..384 << 10).contains(&total), "the machine has {total} KiB");
-    pod.update(&id, limited(96 << 20))?;
+    pod.update(&id, limited(50_000, 96))?;
     ensure!(pod.sh(&id, files)?.starts_with("100663296\n"), "{}", pod.sh(&id, files)?);
 
     let mut hungry = script("hungry", "exec dd if=/dev/zero of=/dev/null bs=64M count=1");
-    hungry.linux.as_mut().context("none")?.resources = Some(limited(32 << 20));
+    hungry.linux.as_mut().context("none")?.resources = Some(limited(50_000, 32));
     let ended = pod.wait(&pod.start(hungry)?)?;
     ensure!(ended.exit_code == 137 && ended.reason == "OOMKilled", "{ended:?}");
     ensure!(pod.sh(&id, "echo fine")? == "fine\n", "the others are not killed");
+    pod.remove()?;
+    cri.end()
+}
+
+fn machine_grows_and_shrinks_with_what_its_containers_ask_for(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = cri.run_pod(cri.pod_config("growing"))?;
+    let first = pod.start(with_limits("first", limited(100_000, 384))?)?;
+    let size = || guest_size(&pod.sh(&first, GUEST_SIZE)?);
+    let (cpus, at_start) = size()?;
+    ensure!(cpus == 1 && (400..512).contains(&at_start), "{cpus} CPUs, {at_start} MiB");
+    // Both have 768 MiB and 2 CPUs; the guest needs 64 MiB and a 32nd beside.
+    let second = pod.start(with_limits("second", limited(100_000, 384))?)?;
+    let is = |cpus: u64, more_mib: u64| {
+        time::until(&format!("{cpus} CPUs, {more_mib} MiB more"), || {
+            Ok(size()? == (cpus, at_start + more_mib))
+        })
+    };
+    is(2, 768 + 24 + 64 - 512)?;
+    pod.update(&first, limited(200_000, 512))?;
+    is(3, 896 + 28 + 64 - 512)?;
+    ensure!(pod.sh(&first, "cat /sys/fs/cgroup/memory.max")? == "536870912\n");
+    let error = pod.update(&first, limited(100_000, 8 << 20)).err().context("no host has 8 TiB")?;
+    ensure!(format!("{error:#}").contains("linux.resources.memory.limit: what the containers"), "{error:#}");
+    is(3, 896 + 28 + 64 - 512)?;
+    pod.update(&first, limited(100_000, 32))?;
+    is(2, 0)?;
+    pod.stop(&second, GRACE)?;
+    is(1, 0)?;
     pod.remove()?;
     cri.end()
 }

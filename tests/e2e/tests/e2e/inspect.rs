@@ -108,6 +108,10 @@ fn update_changes_limits_of_a_running_container(t: &Test) -> Result<()> {
     t.invoke(&["update", "--resources", &file.display().to_string(), t.id()])?.exited(0).stderr("");
     let text = limits()?;
     ensure!(text.starts_with("33554432\n16777216\n55\n50000 100000\n"), "{text}");
+    // More than the machine has, and then more than any has.
+    t.invoke(&["update", "--memory", "1073741824", t.id()])?.exited(0).stdout("").stderr("");
+    let text = limits()?;
+    ensure!(text.starts_with("1073741824\n"), "{text}");
     t.invoke(&["update", "--memory", "1099511627776", t.id()])?.exited(1).error(&["memory.limit", "machine"]);
     t.invoke(&["update", "--cpu-rt-period", "1", t.id()])?.exited(1).error(&["--cpu-rt-period"]);
     t.invoke(&["delete", "-f", t.id()])?.exited(0);

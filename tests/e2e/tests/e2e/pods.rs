@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::{Bundle, Case, Left, Test, cases, time};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -17,6 +18,7 @@ pub(crate) const CASES: &[Case] = cases![
     removed_container_leaves_nothing_open,
     container_whose_process_was_killed_can_be_deleted_and_made_again,
     container_of_a_pod_needs_its_sandbox,
+    machine_is_as_large_as_its_containers_ask,
 ];
 
 const SLEEP: &str = "echo up; trap 'exit 0' TERM; sleep 1000 & wait";
@@ -204,6 +206,45 @@ fn container_whose_process_was_killed_can_be_deleted_and_made_again(t: &Test) ->
     }
     let left = beside(t, &one, "exit 7")?;
     ensure!(left.end()? == 7, "another exit code");
+    t.invoke(&["delete", &one])?.exited(0).stderr("");
+    gone(t, &pause)
+}
+
+fn machine_is_as_large_as_its_containers_ask(t: &Test) -> Result<()> {
+    let pause = sandbox(t)?;
+    let size =
+        || guest_size(&t.invoke(&["exec", t.id(), "sh", "-c", GUEST_SIZE])?.exited(0).stderr("").text());
+    let (cpus, at_start) = size()?;
+    ensure!(cpus == 1, "{cpus} CPUs");
+    let is = |cpus: u64, more_mib: u64| {
+        time::until(&format!("{cpus} CPUs, {more_mib} MiB more"), || {
+            Ok(size()? == (cpus, at_start + more_mib))
+        })
+    };
+    let one = format!("{}-one", t.id());
+    let limited = |quota: u64, memory_mib: u64| {
+        member(t.script(SLEEP)?, "container", t.id())?.with(|spec| {
+            spec["linux"]["resources"] = json!({
+                "cpu": {"quota": quota, "period": 100_000}, "memory": {"limit": memory_mib << 20},
+            });
+        })
+    };
+    let first = t.create_as(&one, &limited(150_000, 512)?)?;
+    is(2, 512 + 16 + 64 - 512)?;
+    t.invoke(&["start", &one])?.exited(0).stdout("").stderr("");
+    // Of a container that is refused, nothing is left.
+    let refused = limited(150_000, 8 << 20)?;
+    let path = refused.path().to_str().context("ASCII")?;
+    t.invoke(&["create", "-b", path, &format!("{}-two", t.id())])?
+        .exited(1)
+        .error(&["linux.resources.memory.limit", "machine"]);
+    is(2, 512 + 16 + 64 - 512)?;
+    // One without limits of its own is given some, beyond what there is.
+    t.invoke(&["update", "--memory", "268435456", t.id()])?.exited(0).stdout("").stderr("");
+    is(2, 768 + 24 + 64 - 512)?;
+    t.invoke(&["kill", &one, "KILL"])?.exited(0).stderr("");
+    ensure!(is_killed(first.end()?), "another end");
+    is(1, 0)?;
     t.invoke(&["delete", &one])?.exited(0).stderr("");
     gone(t, &pause)
 }

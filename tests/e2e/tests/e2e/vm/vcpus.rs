@@ -117,7 +117,8 @@ fn guest_that_spins_with_interrupts_off_stops_no_request(t: &Test) -> Result<()>
     disk.set_len(1 << 20)?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
     let assets = assets(t)?;
-    let config = pod::machine(VmSize { vcpus: VcpuConfig { boot: 2, max: 2 }, memory_mib: 128 });
+    let vcpus = VcpuConfig { boot: 2, max: 2 };
+    let config = pod::machine(VmSize { vcpus, memory_mib: 128, max_memory_mib: 128 });
     let blk =
         DeviceConfig::Blk { read_only: false, serial: String::new(), queues: 1, limit: RateLimit::default() };
 
