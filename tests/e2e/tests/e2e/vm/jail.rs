@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ pub(crate) const CASES: &[Case] = cases![
 ];
 
 /// The one VMM of a test, by its directory in /proc.
-fn vmm(t: &Test) -> Result<std::path::PathBuf> {
+fn vmm(t: &Test) -> Result<PathBuf> {
     let vmms = t.vmms()?;
     let [(pid, _)] = vmms.as_slice() else { anyhow::bail!("{} VMMs", vmms.len()) };
     Ok(Path::new("/proc").join(pid.to_string()))
@@ -67,11 +67,18 @@ fn descriptors_are_of_the_kinds_that_are_listed(t: &Test) -> Result<()> {
 fn killed_by_its_filter_is_137_with_reason(t: &Test) -> Result<()> {
     let run = t.start(&t.script("echo ready; sleep 1000")?)?.without_input();
     run.until("ready\n")?;
-    let pid = vmm(t)?.file_name().context("no name")?.to_string_lossy().into_owned();
-    // strace takes every vCPU out of the guest when it attaches, and makes another call of the ioctl(2) by which it goes on.
+    // One of them: all vCPUs, also those that are not online, would say so at the same time.
+    let is_vcpu = |thread: &&PathBuf| {
+        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("vcpu"))
+    };
+    let threads = fs::read_dir(vmm(t)?.join("task"))?.map(|entry| Ok(entry?.path()));
+    let threads = threads.collect::<Result<Vec<_>>>()?;
+    let vcpu = threads.iter().find(|thread| is_vcpu(thread)).context("no vCPU")?;
+    let vcpu = vcpu.file_name().context("no name")?.to_string_lossy().into_owned();
+    // strace takes it out of the guest when it attaches, and makes another call of the ioctl(2) by which it goes on.
     let mut strace = Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=ioctl"])
-        .args(["-e", "inject=ioctl:error=EIO:syscall=getppid", "-p", &pid])
+        .args(["-qq", "-o", "/dev/null", "-e", "trace=ioctl"])
+        .args(["-e", "inject=ioctl:error=EIO:syscall=getppid", "-p", &vcpu])
         .spawn()
         .context("cannot run strace")?;
     let outcome = run.wait()?;
