@@ -165,28 +165,13 @@ async fn attach_one(
         queues: pod.growth.boot_vcpus().clamp(1, MAX_BLK_QUEUES),
         limit: RateLimit::default(),
     };
-    if let Err(error) = pod.vmm.attach(slot, config, &[file.as_fd()]).await {
-        pod.slots.free(slot);
-        return Err(PodError::from(error).into());
-    }
-    let bound = pod.or_death(pod.agent.bind_slot(slot)).await;
-    match bound
-        .map_err(DiskError::from)
-        .and_then(|bound| bound.ok_or_else(|| DiskError::Missing { path: path() }))
-    {
-        Ok(bound) => {
-            let in_guest = (bound.major.into(), bound.minor.into());
-            disks.insert(numbers, Disk { slot, read_only, in_guest, containers: 1 });
-            Ok(in_guest)
-        }
-        Err(error) => {
-            // The slot stays taken if the machine does not let go of it.
-            if pod.vmm.detach(slot).await.is_ok() {
-                pod.slots.free(slot);
-            }
-            Err(error)
-        }
-    }
+    let Some(bound) = pod.add_device(slot, config, &[file.as_fd()]).await? else {
+        pod.give_back(slot).await;
+        return Err(DiskError::Missing { path: path() });
+    };
+    let in_guest = (bound.major.into(), bound.minor.into());
+    disks.insert(numbers, Disk { slot, read_only, in_guest, containers: 1 });
+    Ok(in_guest)
 }
 
 /// Opens a block device of the host by its numbers; whether it can only be read.

@@ -226,7 +226,8 @@ async fn grow(pod: &Pod, current: &mut Current, total: Total) -> Result<(), Grow
 /// Has the guest plug memory until it has so much.
 async fn plug(pod: &Pod, current: &mut Current, memory_mib: u32) -> Result<(), GrowthError> {
     if !current.has_device {
-        attach(pod).await?;
+        let slot = pod.slots.take().ok_or(GrowthError::NoSlot)?;
+        pod.add_device(slot, DeviceConfig::Mem, &[]).await?;
         current.has_device = true;
     }
     let wanted_mib = memory_mib - pod.growth.size.memory_mib;
@@ -241,23 +242,6 @@ async fn plug(pod: &Pod, current: &mut Current, memory_mib: u32) -> Result<(), G
             Err(GrowthError::NotPlugged { wanted_mib, plugged_mib, bound })
         }
     }
-}
-
-/// Gives the machine a virtio-mem device.
-async fn attach(pod: &Pod) -> Result<(), GrowthError> {
-    let slot = pod.slots.take().ok_or(GrowthError::NoSlot)?;
-    if let Err(error) = pod.vmm.attach(slot, DeviceConfig::Mem, &[]).await {
-        pod.slots.free(slot);
-        return Err(PodError::from(error).into());
-    }
-    if let Err(error) = pod.or_death(pod.agent.bind_slot(slot)).await {
-        // The slot stays taken if the machine does not let go of it.
-        if pod.vmm.detach(slot).await.is_ok() {
-            pod.slots.free(slot);
-        }
-        return Err(error.into());
-    }
-    Ok(())
 }
 
 /// Asks the guest to give back what it has beyond `total`; how much memory may stay plugged, in MiB, if any is to be given back.

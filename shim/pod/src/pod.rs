@@ -15,7 +15,7 @@ use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
 use ttrpc::Code;
 
-use crate::agent::{Agent, AgentError};
+use crate::agent::{Agent, AgentError, BlockDevice};
 use crate::assets::Assets;
 use crate::bundle::Bundle;
 use crate::container::{Container, CreateError, ProgramFault};
@@ -361,6 +361,32 @@ impl Pod {
         }
         tracing::debug!("the guest is down");
         self.vmm.stop().await
+    }
+
+    /// Puts a device into a slot that was taken for it, and has the guest use it; the block device that it is there, if it is one. When
+    /// this fails, the slot is given back.
+    pub(crate) async fn add_device(
+        &self,
+        slot: u8,
+        device: DeviceConfig,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Option<BlockDevice>, PodError> {
+        if let Err(error) = self.vmm.attach(slot, device, fds).await {
+            self.slots.free(slot);
+            return Err(error.into());
+        }
+        let bound = self.or_death(self.agent.bind_slot(slot)).await;
+        if bound.is_err() {
+            self.give_back(slot).await;
+        }
+        bound
+    }
+
+    /// Takes a device out that the guest does not use. Its slot stays taken if the machine does not let go of it.
+    pub(crate) async fn give_back(&self, slot: u8) {
+        if self.vmm.detach(slot).await.is_ok() {
+            self.slots.free(slot);
+        }
     }
 
     /// Why the machine has ended; waits for it.

@@ -112,6 +112,11 @@ fn each_step(t: &Test, victim: Victim) -> Result<()> {
 /// Removes all pods; all they had is gone then.
 fn nothing_stays(cri: &Cri<'_>) -> Result<()> {
     cri.remove_all()?;
+    nothing_is_left(cri)
+}
+
+/// Waits, not for long, until there is nothing of pods.
+pub(crate) fn nothing_is_left(cri: &Cri<'_>) -> Result<()> {
     let gone = time::until_within(SOON, "nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
     gone.with_context(|| format!("{:?}", cri.left_of_pods()))
 }
@@ -143,7 +148,10 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
     let pod = cri.run_pod(config)?;
     let volume = t.scratch().join(format!("volume-{number}"));
     fs::create_dir(&volume)?;
-    let told = |name: &str| time::until(name, || Ok(volume.join(name).exists()));
+    let kill_when = |name: &str| {
+        time::until(name, || Ok(volume.join(name).exists()))?;
+        kill()
+    };
     let mut config = script("main", "trap 'echo > /volume/term' TERM; echo up; while :; do sleep 1; done");
     config.mounts.push(mount(&volume, "/volume", false));
     match step {
@@ -171,23 +179,14 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
                 Step::ExecRuns => {
                     let ended = meanwhile(
                         || pod.exec(&id, "echo > /volume/exec; exec sleep 1000"),
-                        || {
-                            told("exec")?;
-                            kill()
-                        },
+                        || kill_when("exec"),
                     )?;
                     let code = ended.map(|finished| finished.code).unwrap_or(137);
                     ensure!(code == 137, "the exit code of a killed command: {code}");
                 }
                 Step::ContainerStops => {
                     // Whether containerd can say that it has stopped depends on who was killed.
-                    let _ = meanwhile(
-                        || pod.stop(&id, GRACE),
-                        || {
-                            told("term")?;
-                            kill()
-                        },
-                    )?;
+                    let _ = meanwhile(|| pod.stop(&id, GRACE), || kill_when("term"))?;
                 }
                 _ => kill()?,
             }
@@ -255,25 +254,19 @@ fn process_of_a_container_is_killed_at_each_step(t: &Test) -> Result<()> {
         let id = pod.start(shared(&name, &text)?)?;
         until_logged(&pod, &name, &name)?;
         let kill = || pod.sh(&killer, &format!("kill -9 $(cat /volume/{name}.pid)")).map(drop);
-        let told = |name: &str| time::until(name, || Ok(t.scratch().join(name).exists()));
+        let kill_when = |name: &str| {
+            time::until(name, || Ok(t.scratch().join(name).exists()))?;
+            kill()
+        };
         match step {
             Step::ExecRuns => {
                 let finished = meanwhile(
                     || pod.exec(&id, "echo > /volume/exec; exec sleep 1000"),
-                    || {
-                        told("exec")?;
-                        kill()
-                    },
+                    || kill_when("exec"),
                 )??;
                 ensure!(finished.code == 137, "{finished:?}");
             }
-            Step::ContainerStops => meanwhile(
-                || pod.stop(&id, GRACE),
-                || {
-                    told("term")?;
-                    kill()
-                },
-            )??,
+            Step::ContainerStops => meanwhile(|| pod.stop(&id, GRACE), || kill_when("term"))??,
             _ => kill()?,
         }
         let ended = has_ended(&pod, &id)?;
@@ -335,8 +328,7 @@ fn state_directory_is_full(t: &Test) -> Result<()> {
         let error =
             cri.run_pod(cri.pod_config(name)).err().with_context(|| format!("a pod without a {name}"))?;
         ensure!(format!("{error:#}").contains("No space left on device"), "{name}: {error:#}");
-        let gone = time::until_within(SOON, "nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
-        gone.with_context(|| format!("{name}: {:?}", cri.left_of_pods()))?;
+        nothing_is_left(&cri).context(name)?;
         unmount(dir, UnmountFlags::empty())?;
     }
     next_pod_starts(&cri)?;

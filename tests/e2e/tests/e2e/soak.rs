@@ -4,9 +4,10 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::cri::{Cri, Pod, script};
-use kvrun_e2e::{Case, Test, cases, time};
+use kvrun_e2e::{Case, Test, cases};
 
 use crate::cri::{SLEEP, until_logged};
+use crate::pod_faults::nothing_is_left;
 
 pub(crate) const CASES: &[Case] = cases![pods_in_sequence_leave_nothing_and_take_no_memory, pods_at_once];
 
@@ -30,11 +31,6 @@ fn start<'c>(cri: &'c Cri<'_>, number: usize) -> Result<Pod<'c>> {
     let pod = cri.run_pod(cri.pod_config(&format!("pod-{number}")))?;
     pod.start(script("main", SLEEP))?;
     Ok(pod)
-}
-
-fn nothing_is_left(cri: &Cri<'_>) -> Result<()> {
-    let gone = time::until("nothing is left", || Ok(cri.left_of_pods()?.is_empty()));
-    gone.with_context(|| format!("{:?}", cri.left_of_pods()))
 }
 
 /// What the host could still give, in KiB.
