@@ -5,9 +5,18 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::rmdir;
+use rustix::io::Errno;
 
 use crate::state_dir::{ContainerDir, StateError};
+
+/// How long the kernel may take over the end of what a crash has left in a cgroup.
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What can go wrong with the cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +196,32 @@ impl Drop for HostCgroup {
                 // Another container's cgroup may have been made below one of ours.
                 Err(error) => tracing::debug!(cgroup = %directory.display(), %error, "remove the cgroup"),
             }
+        }
+    }
+}
+
+/// Removes a cgroup that a crash has left behind, once it is empty: the kernel kills the VMM with whoever has started it, and that may take a
+/// moment, also of one that nobody had written down yet.
+///
+/// # Errors
+/// As rmdir(2).
+pub(crate) fn remove_left_behind(cgroup: &Path) -> Result<(), Errno> {
+    let deadline = Instant::now() + EMPTY_TIMEOUT;
+    let events = fs::File::open(cgroup.join("cgroup.events"));
+    loop {
+        // Cgroup v2, "Core Interface Files": a change after this is an event for poll(2).
+        if let Ok(events) = &events {
+            let _ = events.read_at(&mut [0; 64], 0);
+        }
+        let removed = rmdir(cgroup);
+        let left = deadline.saturating_duration_since(Instant::now());
+        match (&events, removed) {
+            (Ok(events), Err(Errno::BUSY)) if !left.is_zero() => {
+                let left =
+                    Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+                poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&left))?;
+            }
+            (_, removed) => return removed,
         }
     }
 }

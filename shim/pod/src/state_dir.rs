@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, mkdirat, openat, statat, unlinkat};
 use rustix::io::Errno;
 
+use crate::cgroup;
 use crate::container_id::ContainerId;
 use crate::record::{self, Record};
 
@@ -182,7 +183,7 @@ impl ContainerDir {
             let _ = std::fs::File::from(file).take(MAX_FILE).read_to_end(&mut bytes);
             for line in bytes.split(|b| *b == b'\n').rev().filter(|line| !line.is_empty()) {
                 let cgroup = PathBuf::from(std::ffi::OsString::from_vec(line.to_vec()));
-                match rustix::fs::rmdir(&cgroup) {
+                match cgroup::remove_left_behind(&cgroup) {
                     Ok(()) | Err(Errno::NOENT) => {}
                     Err(error) => tracing::warn!(cgroup = %cgroup.display(), %error, "remove the cgroup"),
                 }
