@@ -91,7 +91,9 @@ impl Channel {
         let got = loop {
             let mut iov = [IoSliceMut::new(&mut bytes)];
             match recvmsg(&self.socket, &mut iov, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-                Err(Errno::INTR) => {}
+                // The peer has closed its end and left something of ours unread (Linux net/unix/af_unix.c, unix_release_sock). This is told
+                // once, before what it had sent.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 other => break other?,
             }
         };
@@ -159,6 +161,17 @@ mod tests {
     fn closed_peer_is_the_end() {
         let (a, b) = Channel::pair().unwrap();
         drop(a);
+        assert!(b.receive::<ToVmm>().unwrap().is_none());
+    }
+
+    #[test]
+    fn last_words_of_a_peer_that_has_left_something_unread_arrive() {
+        let (a, b) = Channel::pair().unwrap();
+        let last = ToVmm { id: 1, request: Request::Stop };
+        a.send(&last, &[]).unwrap();
+        b.send(&ToVmm { id: 2, request: Request::State }, &[]).unwrap();
+        drop(a);
+        assert_eq!(b.receive::<ToVmm>().unwrap().unwrap().message, last);
         assert!(b.receive::<ToVmm>().unwrap().is_none());
     }
 
