@@ -150,9 +150,24 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not end, or not come up.
     pub fn restart(&self) -> Result<()> {
-        let mut daemon = self.daemon();
-        daemon.kill()?;
-        *daemon = start(self.test, &self.config())?;
+        self.kill()?;
+        self.start_again()
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn kill(&self) -> Result<()> {
+        self.daemon().kill()
+    }
+
+    /// Starts it over the same files, once it was killed.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&self) -> Result<()> {
+        *self.daemon() = start(self.test, &self.config())?;
         Ok(())
     }
 

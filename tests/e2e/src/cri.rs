@@ -141,7 +141,16 @@ impl<'a> Cri<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn restart(&self) -> Result<()> {
-        self.containerd.restart()?;
+        self.containerd.kill()?;
+        self.start_again()
+    }
+
+    /// Starts containerd over the same files, once it was killed.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&self) -> Result<()> {
+        self.containerd.start_again()?;
         // The connection is made anew by the first request after it was found broken.
         time::until("containerd answers again", || {
             let request = api::VersionRequest::default();
