@@ -76,7 +76,7 @@ pub enum PodError {
     },
     /// The VMM failed.
     #[error(transparent)]
-    Vmm(#[from] VmmError),
+    Vmm(VmmError),
     /// The agent failed.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -103,10 +103,17 @@ impl PodError {
     /// If it is that the machine ended: how.
     pub fn vm_end(&self) -> Option<&VmEnd> {
         match self {
-            Self::Died(end)
-            | Self::Vmm(VmmError::Ended(end))
-            | Self::Boot { source: VmmError::Ended(end), .. } => Some(end),
+            Self::Died(end) => Some(end),
             _ => None,
+        }
+    }
+}
+
+impl From<VmmError> for PodError {
+    fn from(error: VmmError) -> Self {
+        match error {
+            VmmError::Ended(end) => Self::Died(end),
+            error => Self::Vmm(error),
         }
     }
 }
@@ -178,7 +185,7 @@ impl Starting {
     pub async fn ready(self) -> Result<Pod, PodError> {
         let Self { vmm, booting, ready, kernel, growth } = self;
         booting.running().await.map_err(|source| match source {
-            VmmError::Ended(end) => PodError::Died(end),
+            VmmError::Ended(_) => source.into(),
             source => PodError::Boot { kernel, source },
         })?;
         // The share is in its slot before the agent is there to bind it.
@@ -189,17 +196,13 @@ impl Starting {
             cache: FsCache::Auto,
             writeback: false,
         };
-        let attached = async { Ok(vmm.attach(SHARE_SLOT, device, &[]).await?) };
+        let attached = async { vmm.attach(SHARE_SLOT, device, &[]).await.map_err(PodError::from) };
         let answering = async {
             timeout(READY_TIMEOUT, ready.accepted()).await.map_err(|_| PodError::NotReady)??;
             tracing::debug!("the agent answers");
             Ok(Agent::over(vmm.connect_async(RPC_PORT).await?))
         };
-        let ((), agent) = match tokio::try_join!(attached, answering) {
-            Ok(both) => both,
-            Err(PodError::Vmm(VmmError::Ended(end))) => return Err(PodError::Died(end)),
-            Err(error) => return Err(error),
-        };
+        let ((), agent) = tokio::try_join!(attached, answering)?;
         let pod = Pod { vmm, agent, growth, slots: Arc::default(), disks: Arc::default() };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::bundle::Bundle;
@@ -165,7 +166,12 @@ impl Test {
         for (pid, name) in leaks::running()? {
             if name == wanted {
                 let handle = Pid::from_raw(pid).context("no process ID")?;
-                found.push((pid, pidfd_open(handle, PidfdFlags::empty())?));
+                match pidfd_open(handle, PidfdFlags::empty()) {
+                    Ok(process) => found.push((pid, process)),
+                    // It has ended meanwhile, as the helper of a VMM does that jails itself.
+                    Err(Errno::SRCH) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
         anyhow::ensure!(!found.is_empty(), "no process is named {wanted}");

@@ -87,6 +87,14 @@ fn wrong_answer(what: &'static str) -> VmmError {
     VmmError::Refused { what, source: RequestError::Invalid("an answer of the wrong kind".into()) }
 }
 
+/// What became of a message. That the VMM has ended is not said by this but by the answer, which then is why.
+fn unless_ended(sent: Result<(), ChannelError>) -> Result<(), ChannelError> {
+    match sent {
+        Err(ChannelError::Socket(Errno::PIPE | Errno::CONNRESET)) => Ok(()),
+        sent => sent,
+    }
+}
+
 /// A running VMM. Clones share one; when the last is dropped it is killed and reaped.
 #[derive(Clone, Debug)]
 pub struct Vmm {
@@ -176,7 +184,7 @@ impl Vmm {
         let (id, reply) = self.register();
         let message = ToVmm { id, request: Request::Boot(config) };
         // The first message on the socket: its queue is empty, so this does not block.
-        self.control.socket.send_now(&message, &[kvm, kernel, initramfs])?;
+        unless_ended(self.control.socket.send_now(&message, &[kvm, kernel, initramfs]))?;
         Ok(Booting { reply, vmm: self.clone() })
     }
 
@@ -368,14 +376,7 @@ impl Vmm {
     ) -> Result<Reply, VmmError> {
         let (id, reply) = self.register();
         let exchange = async {
-            match self.control.socket.send(&ToVmm { id, request }, fds).await {
-                Ok(()) => {}
-                // It has ended, and says why elsewhere.
-                Err(ChannelError::Socket(Errno::PIPE | Errno::CONNRESET)) => {
-                    return Err(VmmError::Ended(self.ended().await));
-                }
-                Err(e) => return Err(e.into()),
-            }
+            unless_ended(self.control.socket.send(&ToVmm { id, request }, fds).await)?;
             self.answer(what, reply).await
         };
         match timeout(bound, exchange).await {

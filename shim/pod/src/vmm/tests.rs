@@ -87,6 +87,17 @@ fn boot_sends_three_descriptors_and_waits_for_the_answer() {
 }
 
 #[test]
+fn vmm_that_ended_before_it_was_sent_the_machine_is_an_end() {
+    run(async {
+        let vmm = fake(drop);
+        vmm.ended().await;
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let booting = vmm.boot(config(), file.as_fd(), file.as_fd(), file.as_fd()).unwrap();
+        assert!(matches!(booting.running().await, Err(VmmError::Ended(_))));
+    });
+}
+
+#[test]
 fn answers_may_come_in_any_order() {
     run(async {
         let vmm = fake(|fake| {

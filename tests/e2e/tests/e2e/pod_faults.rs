@@ -13,6 +13,7 @@ use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::SHIM;
 use kvrun_e2e::cri::{Cri, Pod, cgroup, processes, script};
 use kvrun_e2e::{Case, Test, cases, time};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, unmount};
 use rustix::process::{Signal, pidfd_send_signal};
 
@@ -77,8 +78,15 @@ impl Victim {
     }
 }
 
+/// Those that have ended meanwhile do not mind.
 fn signal(processes: &[(i32, OwnedFd)], signal: Signal) -> Result<()> {
-    processes.iter().try_for_each(|(_, process)| Ok(pidfd_send_signal(process, signal)?))
+    for (_, process) in processes {
+        match pidfd_send_signal(process, signal) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Does something while a request is being made; both results.
@@ -176,9 +184,7 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
                     victim.kill(t, cri)?;
                     // Goes on, unless it was killed or is about to die with its shim. A guest must not seem to hang for as long as containerd
                     // takes to start.
-                    for (_, vmm) in t.vmms().unwrap_or_default() {
-                        let _ = pidfd_send_signal(vmm, Signal::CONT);
-                    }
+                    signal(&t.vmms().unwrap_or_default(), Signal::CONT)?;
                     victim.revive(cri)
                 },
             )?;
