@@ -1,13 +1,14 @@
 //! File systems of attached devices.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use kvrun_agent_api::agent::mount_request::Kind;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
-use rustix::fs::{AtFlags, CWD, Mode, StatxFlags, mkdirat, statx, unlinkat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, mkdirat, openat, statx, syncfs, unlinkat};
 
 use crate::path::{PathError, RunPath, of_fd};
 
@@ -41,6 +42,15 @@ pub enum MountError {
         /// Why.
         #[source]
         errno: Errno,
+    },
+    /// What was written to it is not on its device.
+    #[error("cannot write out what {mount_point} has in memory")]
+    Sync {
+        /// Where.
+        mount_point: RunPath,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// umount(2).
     #[error("cannot unmount {mount_point}")]
@@ -202,6 +212,8 @@ impl Mounts {
         if !self.table().mounted.contains_key(mount_point) {
             return Err(MountError::NotMounted(mount_point.clone()));
         }
+        // A mount namespace whose last process has just ended may have the file system a moment longer: then umount(2) writes nothing.
+        sync(mount_point)?;
         self.unmount_with(mount_point, MntFlags::empty())?;
         self.table().mounted.remove(mount_point);
         Ok(())
@@ -232,6 +244,13 @@ impl Mounts {
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn sync(mount_point: &RunPath) -> Result<(), MountError> {
+    let Some((parent, name)) = mount_point.open_parent()? else { return Ok(()) };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let synced = openat(&parent, name, flags, Mode::empty()).and_then(syncfs);
+    synced.map_err(|source| MountError::Sync { mount_point: mount_point.clone(), source: source.into() })
 }
 
 #[cfg(test)]

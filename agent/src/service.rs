@@ -602,6 +602,7 @@ impl From<MountError> for Failure {
             MountError::Unmount { errno: nix::errno::Errno::EBUSY, .. } => Code::FAILED_PRECONDITION,
             MountError::Path(PathError::Open { .. })
             | MountError::Mount { .. }
+            | MountError::Sync { .. }
             | MountError::Unmount { .. } => Code::INTERNAL,
         };
         Self::new(code, error_chain(&err))

@@ -9,10 +9,12 @@ use kvrun_pod::bundle::BundleError;
 use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::container::CreateError;
 use kvrun_pod::container_id::InvalidContainerId;
+use kvrun_pod::disks::DiskError;
 use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
 use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
+use kvrun_pod::root_disk::RootDiskError;
 use kvrun_pod::share::ShareError;
 use kvrun_pod::size::SizeError;
 use kvrun_pod::state_dir::StateError;
@@ -90,6 +92,9 @@ pub(crate) enum Error {
     /// The share.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The disk with the root file system.
+    #[error(transparent)]
+    RootDisk(#[from] RootDiskError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -141,6 +146,8 @@ impl Error {
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Growth(GrowthError::Pod(error))
             | Self::Pod(error)
+            | Self::RootDisk(RootDiskError { source: error, .. })
+            | Self::Create(CreateError::Disk(DiskError::Attach { source: error, .. }))
             | Self::Create(CreateError::Pod(error))
             | Self::Network(NetworkError::Pod(error)) => code_of(error),
             Self::Growth(error) | Self::Create(CreateError::Growth(error)) => match error {
@@ -165,6 +172,7 @@ fn code_of(error: &PodError) -> Code {
             Code::NOT_FOUND | Code::PERMISSION_DENIED | Code::UNKNOWN => Code::FAILED_PRECONDITION,
             code => *code,
         },
+        PodError::NoSlot => Code::FAILED_PRECONDITION,
         PodError::Died(_) => Code::UNAVAILABLE,
         _ => Code::INTERNAL,
     }

@@ -17,7 +17,7 @@ use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::record::{Record, Status};
 use kvrun_pod::share::Trees;
-use kvrun_pod::{hooks, text};
+use kvrun_pod::{hooks, root_disk, text};
 use tokio::sync::Semaphore;
 
 use crate::container::Container;
@@ -98,16 +98,20 @@ impl Pod {
             return Err(Error::Exists { what: "container", id: plan.id });
         }
         let path = PathBuf::from(&plan.bundle);
-        let rootfs = Rootfs::mount(plan.rootfs, &path)?;
+        let mut rootfs = Rootfs::mount(plan.rootfs, &path)?;
         let sibling = |pid: i32| {
             let containers = lock(&self.containers);
             let mut all = containers.values();
             all.find(|other| other.task.pid() == pid.unsigned_abs()).map(|other| other.id.clone())
         };
-        let (bundle, files) = Bundle::load_beside(&path, &sibling)?;
+        let (mut bundle, files) = Bundle::load_beside(&path, &sibling)?;
+        let image = rootfs.image.take();
+        if image.is_some() {
+            bundle.set_root_on_disk();
+        }
         let task = Arc::new(Task::new(&plan.id, "", plan.names)?);
         let is_first = machine.is_none();
-        let (used, spec, place) = match &*machine {
+        let (used, spec, mut place) = match &*machine {
             Some(machine) => {
                 machine.check_network(&bundle, &task).await?;
                 let (mut spec, place) = machine.share.add(&bundle, Trees::of(&bundle, &files)?)?;
@@ -121,8 +125,13 @@ impl Pod {
                 (Arc::clone(machine.insert(Arc::new(booted))), spec, place)
             }
         };
-        let made = self.make(&used, &bundle, &spec, &task).await;
-        match made {
+        let made = async {
+            if let Some(image) = image {
+                root_disk::mount(&used.vm, &mut place, image).await?;
+            }
+            self.make(&used, &bundle, &spec, &task).await
+        };
+        match made.await {
             Ok(record) => {
                 let container = Arc::new(Container {
                     id,

@@ -1,9 +1,10 @@
-//! The root file system of a container, as containerd names it.
+//! The root file system of a container, as containerd names it: mounts, which the guest makes if it can ([`RootImage`]), and else we.
 
 use std::path::{Path, PathBuf};
 
 use containerd_shim::mount::mount_rootfs;
 use containerd_shim::protos::types::mount::Mount;
+use kvrun_pod::root_disk::RootImage;
 use nix::mount::{MntFlags, umount2};
 
 use crate::error::{Error, host};
@@ -12,17 +13,30 @@ use crate::error::{Error, host};
 const ROOTFS: &str = "rootfs";
 
 /// What containerd has named as root file system, mounted in our own namespace. Dropped, it is unmounted.
-#[derive(Debug)]
-pub(crate) struct Rootfs(Vec<PathBuf>);
+#[derive(Debug, Default)]
+pub(crate) struct Rootfs {
+    mounted: Vec<PathBuf>,
+    /// What the guest is to mount instead.
+    pub(crate) image: Option<RootImage>,
+}
 
 impl Rootfs {
     pub(crate) fn mount(mounts: Vec<Mount>, bundle: &Path) -> Result<Self, Error> {
         let target = bundle.join(ROOTFS);
-        let mut mounted = Self(Vec::new());
+        let mut rootfs = Self::default();
         if mounts.is_empty() {
-            return Ok(mounted);
+            return Ok(rootfs);
         }
         std::fs::create_dir_all(&target).map_err(host("make the directory of the root file system"))?;
+        if let [mount] = &mounts[..]
+            && mount.target.is_empty()
+        {
+            let image = RootImage::of_mount(&mount.type_, Path::new(&mount.source), &mount.options);
+            rootfs.image = image.map_err(host(format!("open the root file system {}", mount.source)))?;
+            if rootfs.image.is_some() {
+                return Ok(rootfs);
+            }
+        }
         for mount in mounts {
             let target = if mount.target.is_empty() {
                 target.clone()
@@ -37,15 +51,15 @@ impl Rootfs {
             });
             let done = done.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             done.map_err(host(format!("mount the root file system at {}", target.display())))?;
-            mounted.0.push(target);
+            rootfs.mounted.push(target);
         }
-        Ok(mounted)
+        Ok(rootfs)
     }
 }
 
 impl Drop for Rootfs {
     fn drop(&mut self) {
-        for target in self.0.iter().rev() {
+        for target in self.mounted.iter().rev() {
             if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
                 tracing::warn!(target = %target.display(), %error, "unmount a root file system");
             }

@@ -170,7 +170,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn mount_virtiofs(&self, tag: &str, mount_point: &str) -> Result<(), AgentError> {
-        self.mount(api::mount_request::Kind::VIRTIOFS, tag, mount_point).await
+        self.mount(api::mount_request::Kind::VIRTIOFS, tag, mount_point, false).await
     }
 
     /// Mounts an EROFS image from a block device, named as [`Agent::bind_slot`] does: with DAX if it is a pmem device.
@@ -178,7 +178,20 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn mount_erofs(&self, device: &str, mount_point: &str) -> Result<(), AgentError> {
-        self.mount(api::mount_request::Kind::EROFS, &format!("/dev/{device}"), mount_point).await
+        self.mount(api::mount_request::Kind::EROFS, &format!("/dev/{device}"), mount_point, true).await
+    }
+
+    /// Mounts an ext4 from a block device, named as [`Agent::bind_slot`] does.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn mount_ext4(
+        &self,
+        device: &str,
+        mount_point: &str,
+        read_only: bool,
+    ) -> Result<(), AgentError> {
+        self.mount(api::mount_request::Kind::EXT4, &format!("/dev/{device}"), mount_point, read_only).await
     }
 
     async fn mount(
@@ -186,11 +199,13 @@ impl Agent {
         kind: api::mount_request::Kind,
         source: &str,
         mount_point: &str,
+        read_only: bool,
     ) -> Result<(), AgentError> {
         let request = api::MountRequest {
             kind: kind.into(),
             source: source.to_owned(),
             mount_point: mount_point.to_owned(),
+            read_only,
             ..Default::default()
         };
         bounded("mount a file system", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))

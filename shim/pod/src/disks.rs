@@ -10,8 +10,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use kvrun_vmm_api::config::MAX_BLK_QUEUES;
-use kvrun_vmm_api::{DeviceConfig, RateLimit};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, makedev, openat};
 
@@ -33,21 +31,18 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
-    /// The machine has no place for it.
-    #[error("linux.devices: {path} is one block device too many: the machine has no slot left for it")]
-    TooMany {
+    /// The machine cannot be given it.
+    #[error("linux.devices: {path} cannot be a disk of the machine")]
+    Attach {
         /// Where the container is to have it.
         path: String,
+        /// Why.
+        #[source]
+        source: PodError,
     },
     /// Another container has it so that it cannot be written to.
     #[error("linux.devices: {path} may be written to, but is read-only to another container of the pod")]
     ReadOnly {
-        /// Where the container is to have it.
-        path: String,
-    },
-    /// The guest does not have what was attached.
-    #[error("linux.devices: {path} was attached, but the guest has no disk there")]
-    Missing {
         /// Where the container is to have it.
         path: String,
     },
@@ -119,16 +114,8 @@ pub(crate) async fn detach(pod: &Pod, used: &[Numbers]) {
             continue;
         }
         let slot = disk.slot;
-        let detached = async {
-            pod.or_death(pod.agent.unbind_slot(slot)).await?;
-            Ok::<_, PodError>(pod.vmm.detach(slot).await?)
-        };
         disks.remove(numbers);
-        match detached.await {
-            Ok(()) => pod.slots.free(slot),
-            // The slot stays taken.
-            Err(error) => tracing::warn!(slot, error = %crate::text::chain(&error), "detach a disk"),
-        }
+        pod.remove_device(slot).await;
     }
 }
 
@@ -158,18 +145,11 @@ async fn attach_one(
         minor: numbers.1,
         source,
     })?;
-    let slot = pod.slots.take().ok_or_else(|| DiskError::TooMany { path: path() })?;
-    let config = DeviceConfig::Blk {
-        read_only,
-        serial: String::new(),
-        queues: pod.growth.boot_vcpus().clamp(1, MAX_BLK_QUEUES),
-        limit: RateLimit::default(),
-    };
-    let Some(bound) = pod.add_device(slot, config, &[file.as_fd()]).await? else {
-        pod.give_back(slot).await;
-        return Err(DiskError::Missing { path: path() });
-    };
-    let in_guest = (bound.major.into(), bound.minor.into());
+    let (slot, disk) = pod.add_disk(file.as_fd(), read_only).await.map_err(|source| match source {
+        PodError::NoSlot | PodError::NoDisk => DiskError::Attach { path: path(), source },
+        error => error.into(),
+    })?;
+    let in_guest = (disk.major.into(), disk.minor.into());
     disks.insert(numbers, Disk { slot, read_only, in_guest, containers: 1 });
     Ok(in_guest)
 }

@@ -36,6 +36,7 @@ pub mod network;
 pub mod pod;
 pub mod process;
 pub mod record;
+pub mod root_disk;
 pub mod share;
 pub mod size;
 pub mod spawn;

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvrun_agent_api::{READY_PORT, RPC_PORT};
-use kvrun_vmm_api::config::FIRST_FREE_SLOT;
-use kvrun_vmm_api::{DeviceConfig, FsCache, VmConfig};
+use kvrun_vmm_api::config::{FIRST_FREE_SLOT, MAX_BLK_QUEUES};
+use kvrun_vmm_api::{DeviceConfig, FsCache, RateLimit, VmConfig};
 use rustix::fs::{Mode, OFlags};
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -23,6 +23,7 @@ use crate::container_id::ContainerId;
 use crate::disks::{self, Disks};
 use crate::growth::{self, Growth};
 use crate::process::Process;
+use crate::root_disk;
 use crate::share::{GUEST_SHARE_DIR, Place, SHARE_TAG, Share};
 use crate::size::VmSize;
 use crate::stdio::{Copying, Planned, Stdio, Streams, Wanted};
@@ -83,6 +84,12 @@ pub enum PodError {
     /// The machine ended before it should.
     #[error("the virtual machine died: {0}")]
     Died(Arc<VmEnd>),
+    /// All slots are filled.
+    #[error("the machine has no slot left for one more device")]
+    NoSlot,
+    /// The guest does not have what was attached.
+    #[error("the guest has no disk in the slot in which there is one")]
+    NoDisk,
     /// The guest does not come up.
     #[error("the guest was not ready within {} s", READY_TIMEOUT.as_secs())]
     NotReady,
@@ -350,6 +357,9 @@ impl Pod {
 
     /// Takes files away that no process of the guest uses any more.
     pub async fn take_from_share(&self, share: &Share, place: &Place, bundle: &Bundle) {
+        if let Some(disk) = &place.root_disk {
+            root_disk::unmount(self, disk).await;
+        }
         share.remove(place, bundle);
         // Else what the guest remembers of them keeps them open here, and their file systems with them.
         if let Err(error) = self.or_death(self.agent.forget_directory(&place.in_guest())).await {
@@ -383,6 +393,43 @@ impl Pod {
             self.give_back(slot).await;
         }
         bound
+    }
+
+    /// Puts a disk into a free slot; which one, and what the guest has there.
+    ///
+    /// # Errors
+    /// [`PodError`]; nothing is attached then.
+    pub(crate) async fn add_disk(
+        &self,
+        file: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<(u8, BlockDevice), PodError> {
+        let slot = self.slots.take().ok_or(PodError::NoSlot)?;
+        let config = DeviceConfig::Blk {
+            read_only,
+            serial: String::new(),
+            queues: self.growth.boot_vcpus().clamp(1, MAX_BLK_QUEUES),
+            limit: RateLimit::default(),
+        };
+        match self.add_device(slot, config, &[file]).await? {
+            Some(disk) => Ok((slot, disk)),
+            None => {
+                self.remove_device(slot).await;
+                Err(PodError::NoDisk)
+            }
+        }
+    }
+
+    /// Takes a device out, once the guest has let go of it. Its slot stays taken if that does not go well.
+    pub(crate) async fn remove_device(&self, slot: u8) {
+        let removed = async {
+            self.or_death(self.agent.unbind_slot(slot)).await?;
+            Ok::<_, PodError>(self.vmm.detach(slot).await?)
+        };
+        match removed.await {
+            Ok(()) => self.slots.free(slot),
+            Err(error) => tracing::warn!(slot, error = %crate::text::chain(&error), "take a device out"),
+        }
     }
 
     /// Takes a device out that the guest does not use. Its slot stays taken if the machine does not let go of it.

@@ -56,7 +56,15 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn new(test: &'a Test) -> Result<Self> {
-        Self::with(test, &[&UNUSED[..], &CRI].concat(), "", "default")
+        Self::with_config(test, "")
+    }
+
+    /// One that has [`IMAGE`], with more configuration.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn with_config(test: &'a Test, config: &str) -> Result<Self> {
+        Self::with(test, &[&UNUSED[..], &CRI].concat(), config, "default")
     }
 
     /// One that has [`IMAGE`] and [`PAUSE`] for its CRI plugin, with more configuration.

@@ -123,6 +123,7 @@ pub struct Bundle {
     path: PathBuf,
     spec: Spec,
     rootfs: PathBuf,
+    root_on_disk: bool,
     binds: Vec<Bind>,
     network: HostNetwork,
     siblings: Vec<ContainerId>,
@@ -239,7 +240,7 @@ impl Bundle {
         }
         let binds = mounts::open_binds(&config, &spec, opener)?;
         let (path, siblings) = (directory.to_owned(), resolved.siblings);
-        Ok(Self { path, spec, rootfs, binds, network, siblings })
+        Ok(Self { path, spec, rootfs, root_on_disk: false, binds, network, siblings })
     }
 
     /// Its directory, as given.
@@ -260,6 +261,17 @@ impl Bundle {
     /// Whether the container must not change its root.
     pub fn is_root_read_only(&self) -> bool {
         self.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false)
+    }
+
+    /// Tells that what it names as root is an empty directory, over which the guest mounts the root file system
+    /// ([`root_disk`](crate::root_disk)).
+    pub fn set_root_on_disk(&mut self) {
+        self.root_on_disk = true;
+    }
+
+    /// Whether the guest mounts the root file system.
+    pub fn is_root_on_disk(&self) -> bool {
+        self.root_on_disk
     }
 
     /// The bind mounts among its mounts.

@@ -2,7 +2,7 @@
 //!
 //! It is a small tmpfs of its own, in which each container has a [`Place`], a directory whose name is a number, with
 //!
-//! * `rootfs`, where the bundle's root file system is bind-mounted;
+//! * `rootfs`, where the bundle's root file system is bind-mounted, or an empty directory over which the guest mounts it ([`root_disk`](crate::root_disk));
 //! * `mounts/N`, where the source of the spec's mount N is, if it is a bind mount.
 //!
 //! The guest has it mounted at [`GUEST_SHARE_DIR`]; [`Share::add`] rewrites a spec's paths accordingly. No number is used twice: for as long as
@@ -37,6 +37,7 @@ use rustix::mount::{
 };
 
 use crate::bundle::Bundle;
+use crate::root_disk::RootDisk;
 use crate::sys::{self, MountAttr};
 
 pub use mount_points::MountPointError;
@@ -48,6 +49,8 @@ pub use view::View;
 pub const SHARE_TAG: &str = "kvrun";
 /// Where the guest has the share.
 pub const GUEST_SHARE_DIR: &str = "/run/kvrun/share";
+/// The root file system of a container, in its place.
+const ROOTFS: &str = "rootfs";
 
 /// What can go wrong with the share.
 #[derive(Debug, thiserror::Error)]
@@ -114,12 +117,21 @@ pub struct Share {
 
 /// A container's directory in the share.
 #[derive(Debug)]
-pub struct Place(String);
+pub struct Place {
+    name: String,
+    /// What the guest has mounted over its `rootfs`, if anything.
+    pub(crate) root_disk: Option<RootDisk>,
+}
 
 impl Place {
     /// Where the guest has it.
     pub fn in_guest(&self) -> PathBuf {
-        Path::new(GUEST_SHARE_DIR).join(&self.0)
+        Path::new(GUEST_SHARE_DIR).join(&self.name)
+    }
+
+    /// Where the guest has the root file system.
+    pub(crate) fn root_in_guest(&self) -> String {
+        format!("{GUEST_SHARE_DIR}/{}/{ROOTFS}", self.name)
     }
 }
 
@@ -174,7 +186,8 @@ impl Share {
     /// # Errors
     /// [`ShareError`]; nothing is left of it then.
     pub fn add(&self, bundle: &Bundle, trees: Trees) -> Result<(Spec, Place), ShareError> {
-        let place = Place(self.next.fetch_add(1, Ordering::Relaxed).to_string());
+        let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
+        let place = Place { name, root_disk: None };
         match self.fill(&place, bundle, trees) {
             Ok(spec) => Ok((spec, place)),
             Err(error) => {
@@ -192,7 +205,7 @@ impl Share {
             hooks.set_prestart(None);
             hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
         }
-        let (guest, place) = (place.in_guest(), &place.0);
+        let (guest, guest_root, place) = (place.in_guest(), place.root_in_guest(), &place.name);
         let step = |step| move |source| ShareError::Make { step, source };
         let mut trees = trees.into_iter();
         let mut attach = |name: &str, path: &Path| {
@@ -202,11 +215,11 @@ impl Share {
         };
 
         self.make_directory(place).map_err(step("make the container's directory in the share"))?;
-        let rootfs = format!("{place}/rootfs");
+        let rootfs = format!("{place}/{ROOTFS}");
         self.make_directory(&rootfs).map_err(step("make the root directory in the share"))?;
         attach(&rootfs, bundle.rootfs_path())?;
         if let Some(root) = spec.root_mut() {
-            root.set_path(guest.join("rootfs"));
+            root.set_path(guest_root.into());
         }
         self.make_directory(&format!("{place}/mounts"))
             .map_err(step("make the mounts directory in the share"))?;
@@ -228,11 +241,12 @@ impl Share {
     }
 
     /// Takes away what [`Share::add`] has added for a container. What the guest has still open goes on to work.
-    pub fn remove(&self, Place(place): &Place, bundle: &Bundle) {
+    pub fn remove(&self, place: &Place, bundle: &Bundle) {
+        let place = &place.name;
         let directory = self.mounted.0.join(place);
         let binds =
             bundle.binds().iter().map(|bind| (format!("mounts/{}", bind.index()), bind.is_directory()));
-        for (name, is_directory) in binds.chain([("rootfs".to_owned(), true)]) {
+        for (name, is_directory) in binds.chain([(ROOTFS.to_owned(), true)]) {
             let _ = unmount(directory.join(&name), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
             let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
             let _ = rustix::fs::unlinkat(&self.writable, format!("{place}/{name}"), flags);

@@ -31,10 +31,12 @@ impl Trees {
         let attach_root = |source| ShareError::Attach { path: bundle.rootfs_path().to_owned(), source };
         let root = opened.next().ok_or_else(missing).map_err(attach_root)?;
         let root = clone_tree(root, true).map_err(|e| attach_root(e.into()))?;
-        if bundle.is_root_read_only() {
-            mount_points::make(root.as_fd(), bundle)?;
+        if !bundle.is_root_on_disk() {
+            if bundle.is_root_read_only() {
+                mount_points::make(root.as_fd(), bundle)?;
+            }
+            mount_points::make_working_directory(root.as_fd(), bundle)?;
         }
-        mount_points::make_working_directory(root.as_fd(), bundle)?;
         restrict(&root, bundle.is_root_read_only(), false, false).map_err(attach_root)?;
         trees.push(root);
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
@@ -24,6 +24,7 @@ pub(crate) const CASES: &[Case] = cases![
     task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
     task_outlives_containerd,
     pod_is_on_the_network_of_its_namespace,
+    root_file_system_is_on_a_disk,
 ];
 
 /// The arguments of `ctr run`.
@@ -317,5 +318,49 @@ fn pod_is_on_the_network_of_its_namespace(t: &Test) -> Result<()> {
     let refused = ["--rm", "--with-ns", "network:/proc/1/ns/net"];
     let outcome = containerd.ctr(&run(&refused, id, &["true"]))?.failed();
     ensure!(outcome.stderr.contains("/proc/1/ns/net is the network namespace of the host"), "{outcome}");
+    containerd.end()
+}
+
+fn root_file_system_is_on_a_disk(t: &Test) -> Result<()> {
+    let (empty, disks) = (t.scratch().join("empty.ext4"), t.scratch().join("blockfile"));
+    let made = Command::new("mkfs.ext4").arg("-q").arg(&empty).arg("24m").status().context("mkfs.ext4")?;
+    ensure!(made.success(), "mkfs.ext4: {made}");
+    let config = format!(
+        "[plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = {disks:?}\nscratch_file = {empty:?}\n\
+         fs_type = \"ext4\"\nmount_options = [\"loop\"]\n"
+    );
+    let containerd = Containerd::with_config(t, &config)?;
+    let volume = t.scratch().join("volume");
+    fs::create_dir(&volume)?;
+    let bind = format!("type=bind,src={},dst=/made/for/it,options=rbind", volume.display());
+    let flags = ["--snapshotter", "blockfile", "--cwd", "/new/directory", "--mount", &bind];
+
+    // Machine by machine: what the first has written is there for the second.
+    let script =
+        "[ -e /sum ] && exec sha256sum -c /sum; grep ' / ' /proc/mounts; pwd; echo out > /made/for/it/file
+        head -c 4000000 /dev/urandom > /data; sha256sum /data > /sum; exit 3";
+    let create = ["container", "create", "--runtime", RUNTIME];
+    containerd.ctr(&[&create[..], &flags, &[IMAGE, t.id(), "sh", "-c", script]].concat())?.exited(0);
+    let first = containerd.ctr(&["task", "start", t.id()])?.exited(3);
+    let said = first.text();
+    let mut lines = said.lines();
+    let mount = lines.next().unwrap_or_default();
+    ensure!(mount.starts_with("/dev/vd") && mount.contains(" ext4 rw"), "{first}");
+    ensure!(lines.next() == Some("/new/directory"), "{first}");
+    ensure!(fs::read_to_string(volume.join("file"))? == "out\n");
+    for disk in fs::read_dir(disks.join("snapshots"))? {
+        let checked = Command::new("e2fsck").arg("-fn").arg(disk?.path()).output().context("e2fsck")?;
+        ensure!(checked.status.success(), "e2fsck: {}", String::from_utf8_lossy(&checked.stdout));
+    }
+    let second = containerd.ctr(&["task", "start", t.id()])?.exited(0);
+    ensure!(second.text() == "/data: OK\n", "{second}");
+    containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+
+    // Its mount points are made all the same.
+    let script = "cat /made/for/it/file; pwd; touch /x";
+    let args = run(&[&["--rm", "--read-only"][..], &flags].concat(), t.id(), &["sh", "-c", script]);
+    let outcome = containerd.ctr(&args)?.exited(1);
+    ensure!(outcome.text() == "out\n/new/directory\n", "{outcome}");
+    ensure!(outcome.stderr.contains("Read-only file system"), "{outcome}");
     containerd.end()
 }
