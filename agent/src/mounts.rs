@@ -129,16 +129,16 @@ impl Mount {
     }
 }
 
-/// Forgets what the kernel has cached of a directory that the host has removed from a share: the names below it, and the mounts it has made
+/// Forgets what the kernel has cached of a path that the host has removed from a share: the names below it, and the mounts it has made
 /// by itself where the host has other file systems (Linux 6.12 fs/fuse/dir.c, `fuse_dentry_automount`). One that is still there stays.
 ///
 /// # Errors
 ///
 /// [`MountError::Path`].
-pub fn forget_directory(path: &RunPath) -> Result<(), MountError> {
+pub fn forget(path: &RunPath) -> Result<(), MountError> {
     let Some((parent, name)) = path.open_parent()? else { return Ok(()) };
     // Only for what is to be created does the kernel ask the host whatever its cache says (`fuse_dentry_revalidate`, LOOKUP_EXCL). The answer, that there is
-    // no such directory, empties the cache; then the host refuses the creation, because the share is read-only there.
+    // no such name, empties the cache; then the host refuses the creation, because the share is read-only there.
     if mkdirat(&parent, name, Mode::from_raw_mode(0o755)).is_ok() {
         let _ = unlinkat(&parent, name, AtFlags::REMOVEDIR);
     }

@@ -14,9 +14,9 @@ use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, ExecProcessRequest, ForgetDirectoryRequest, GetInfoRequest,
-    GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, ProcessInfo,
-    ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio,
+    CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest, GetInfoRequest, GetInfoResponse,
+    ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, ProcessInfo, ProcessRequest,
+    ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio,
     UnbindSlotRequest, UnmountRequest, UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
@@ -34,7 +34,7 @@ use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{Container, ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
-use crate::mounts::{Mount, MountError, Mounts, forget_directory};
+use crate::mounts::{Mount, MountError, Mounts, forget};
 use crate::network::plan::Plan;
 use crate::network::{self, NetworkError};
 use crate::oci::create::OciError;
@@ -260,13 +260,10 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
-    async fn forget_directory(
-        &self,
-        _: &TtrpcContext,
-        request: ForgetDirectoryRequest,
-    ) -> ttrpc::Result<Empty> {
-        let path = RunPath::parse(&request.path).map_err(MountError::from).map_err(Failure::from)?;
-        blocking(move || Ok(forget_directory(&path)?)).await?;
+    async fn forget(&self, _: &TtrpcContext, request: ForgetRequest) -> ttrpc::Result<Empty> {
+        let paths: Result<Vec<_>, _> = request.paths.iter().map(|path| RunPath::parse(path)).collect();
+        let paths = paths.map_err(MountError::from).map_err(Failure::from)?;
+        blocking(move || Ok(paths.iter().try_for_each(forget)?)).await?;
         Ok(Empty::new())
     }
 

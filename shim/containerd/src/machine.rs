@@ -102,8 +102,8 @@ impl Machine {
     }
 
     /// Takes a container's files away, which nothing in the guest uses any more.
-    pub(crate) async fn forget(&self, place: &Place, bundle: &Bundle) {
-        self.vm.take_from_share(&self.share, place, bundle).await;
+    pub(crate) async fn forget(&self, place: &Place) {
+        self.vm.take_from_share(&self.share, place).await;
     }
 }
 

@@ -149,7 +149,7 @@ impl Pod {
                 Ok(container)
             }
             Err(error) => {
-                used.forget(&place, &bundle).await;
+                used.forget(&place).await;
                 if is_first && let Some(machine) = machine.take() {
                     machine.vm.clone().shutdown().await;
                 }
@@ -269,7 +269,7 @@ impl Pod {
         for exec in execs {
             exec.task.close().await;
         }
-        container.machine.forget(&container.place, &container.bundle).await;
+        container.machine.forget(&container.place).await;
         let document = state(&container.record, Status::Stopped);
         for hook in &container.record.poststop {
             if let Err(error) =

@@ -3,7 +3,7 @@
 //! Requests go out from whoever has an [`Agent`]; every one is bounded in time, except waiting for a process. What the agent answers is
 //! hostile: ttrpc bounds its size, and its error messages are made one short line before anything else sees them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvrun_agent_api::agent as api;
@@ -223,15 +223,15 @@ impl Agent {
         bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
-    /// Forgets what is cached of a directory that was removed from the share.
+    /// Forgets what is cached of paths that were removed from the share.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn forget_directory(&self, path: &Path) -> Result<(), AgentError> {
-        let path = path.to_string_lossy().into_owned();
-        let request = api::ForgetDirectoryRequest { path, ..Default::default() };
-        let call = self.client.forget_directory(Context::default(), &request);
-        bounded("forget a directory", FORGET_TIMEOUT, call).await.map(drop)
+    pub async fn forget(&self, paths: &[PathBuf]) -> Result<(), AgentError> {
+        let paths = paths.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        let request = api::ForgetRequest { paths, ..Default::default() };
+        let call = self.client.forget(Context::default(), &request);
+        bounded("forget files", FORGET_TIMEOUT, call).await.map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the

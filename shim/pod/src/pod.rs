@@ -17,7 +17,6 @@ use ttrpc::Code;
 
 use crate::agent::{Agent, AgentError, BlockDevice};
 use crate::assets::Assets;
-use crate::bundle::Bundle;
 use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
 use crate::disks::{self, Disks};
@@ -356,13 +355,13 @@ impl Pod {
     }
 
     /// Takes files away that no process of the guest uses any more.
-    pub async fn take_from_share(&self, share: &Share, place: &Place, bundle: &Bundle) {
+    pub async fn take_from_share(&self, share: &Share, place: &Place) {
         if let Some(disk) = &place.root_disk {
             root_disk::unmount(self, disk).await;
         }
-        share.remove(place, bundle);
+        let removed = share.remove(place);
         // Else what the guest remembers of them keeps them open here, and their file systems with them.
-        if let Err(error) = self.or_death(self.agent.forget_directory(&place.in_guest())).await {
+        if let Err(error) = self.or_death(self.agent.forget(&removed)).await {
             tracing::debug!(%error, "have the guest forget a container's files");
         }
     }

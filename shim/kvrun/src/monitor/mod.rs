@@ -289,7 +289,7 @@ impl Monitor {
         let (process, streams) = match created.await {
             Ok(created) => created,
             Err(error) => {
-                self.pod.take_from_share(&self.share, &place, &bundle).await;
+                self.pod.take_from_share(&self.share, &place).await;
                 return Err(error);
             }
         };
@@ -339,7 +339,7 @@ impl Monitor {
         let mut removed = container.removed.lock().await;
         let Some(place) = container.place.as_ref().filter(|_| !*removed) else { return };
         container.process.delete().await;
-        self.pod.take_from_share(&self.share, place, &container.bundle).await;
+        self.pod.take_from_share(&self.share, place).await;
         self.containers().remove(&container.record().id);
         *removed = true;
     }

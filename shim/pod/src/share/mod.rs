@@ -3,7 +3,8 @@
 //! It is a small tmpfs of its own, in which each container has a [`Place`], a directory whose name is a number, with
 //!
 //! * `rootfs`, where the bundle's root file system is bind-mounted, or an empty directory over which the guest mounts it ([`root_disk`](crate::root_disk));
-//! * `mounts/N`, where the source of the spec's mount N is, if it is a bind mount.
+//!
+//! and beside them `volumes`, where the sources of bind mounts are, by number: one for all containers of the pod that have it ([`volumes`]).
 //!
 //! The guest has it mounted at [`GUEST_SHARE_DIR`]; [`Share::add`] rewrites a spec's paths accordingly. No number is used twice: for as long as
 //! the guest may use a name without asking again, it would find what a removed container had there.
@@ -15,18 +16,20 @@
 //! * No path is walked twice: trees are cloned from descriptors that were opened, and checked, when the bundle was read ([`Trees`]), and attached
 //!   at descriptors.
 //! * Read-only is enforced here, outside the guest, as the spec has it: `ro` for the mount itself (mount_setattr(2)), `rro`
-//!   for those below too. So is that no device node of the host can be opened through the share.
+//!   for those below too; unless another container of the pod may write to the same: then it is up to the guest, in which both are. So is that no device node of the host can be opened through the share.
 //! * The tmpfs itself is read-only to the VMM: a guest cannot fill the host's memory through it.
 
 mod id_map;
 mod mount_points;
 mod trees;
 mod view;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -36,7 +39,7 @@ use rustix::mount::{
     fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bind, Bundle};
 use crate::root_disk::RootDisk;
 use crate::sys::{self, MountAttr};
 
@@ -44,6 +47,7 @@ pub use mount_points::MountPointError;
 pub use trees::Trees;
 use trees::clone_tree;
 pub use view::View;
+use volumes::{FileId, Volumes};
 
 /// The tag of the virtio-fs device.
 pub const SHARE_TAG: &str = "kvrun";
@@ -51,6 +55,8 @@ pub const SHARE_TAG: &str = "kvrun";
 pub const GUEST_SHARE_DIR: &str = "/run/kvrun/share";
 /// The root file system of a container, in its place.
 const ROOTFS: &str = "rootfs";
+/// Where volumes are in the share.
+const VOLUMES: &str = "volumes";
 
 /// What can go wrong with the share.
 #[derive(Debug, thiserror::Error)]
@@ -113,12 +119,15 @@ pub struct Share {
     writable: OwnedFd,
     mounted: Mounted,
     next: AtomicU64,
+    volumes: Mutex<Volumes>,
 }
 
 /// A container's directory in the share.
 #[derive(Debug)]
 pub struct Place {
     name: String,
+    /// The numbers of the volumes it uses.
+    volumes: Vec<u64>,
     /// What the guest has mounted over its `rootfs`, if anything.
     pub(crate) root_disk: Option<RootDisk>,
 }
@@ -173,7 +182,9 @@ impl Share {
             MountAttr { set: libc::MOUNT_ATTR_RDONLY, propagation: libc::MS_SHARED, ..MountAttr::default() };
         sys::mount_setattr(&root, false, read_only)
             .map_err(|source| ShareError::Attach { path: path.to_owned(), source })?;
-        Ok(Self { root, writable, mounted, next: AtomicU64::new(0) })
+        let share = Self { root, writable, mounted, next: AtomicU64::new(0), volumes: Mutex::default() };
+        share.make_directory(VOLUMES).map_err(step("make a directory in the share"))?;
+        Ok(share)
     }
 
     /// The directory that the VMM serves.
@@ -187,17 +198,17 @@ impl Share {
     /// [`ShareError`]; nothing is left of it then.
     pub fn add(&self, bundle: &Bundle, trees: Trees) -> Result<(Spec, Place), ShareError> {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
-        let place = Place { name, root_disk: None };
-        match self.fill(&place, bundle, trees) {
+        let mut place = Place { name, volumes: Vec::new(), root_disk: None };
+        match self.fill(&mut place, bundle, trees) {
             Ok(spec) => Ok((spec, place)),
             Err(error) => {
-                self.remove(&place, bundle);
+                self.remove(&place);
                 Err(error)
             }
         }
     }
 
-    fn fill(&self, place: &Place, bundle: &Bundle, trees: Trees) -> Result<Spec, ShareError> {
+    fn fill(&self, place: &mut Place, bundle: &Bundle, trees: Trees) -> Result<Spec, ShareError> {
         let mut spec = bundle.spec().clone();
         if let Some(hooks) = spec.hooks_mut() {
             // The engine runs these, on the host.
@@ -205,57 +216,81 @@ impl Share {
             hooks.set_prestart(None);
             hooks.set_create_runtime(None).set_poststart(None).set_poststop(None);
         }
-        let (guest, guest_root, place) = (place.in_guest(), place.root_in_guest(), &place.name);
-        let step = |step| move |source| ShareError::Make { step, source };
         let mut trees = trees.into_iter();
-        let mut attach = |name: &str, path: &Path| {
-            let attached = trees.next().ok_or_else(|| io::ErrorKind::InvalidInput.into());
-            let attached = attached.and_then(|tree| self.attach(&tree, name));
-            attached.map_err(|source| ShareError::Attach { path: path.to_owned(), source })
+        let mut next = || trees.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput));
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| ShareError::Attach { path, source }
         };
 
-        self.make_directory(place).map_err(step("make the container's directory in the share"))?;
-        let rootfs = format!("{place}/{ROOTFS}");
-        self.make_directory(&rootfs).map_err(step("make the root directory in the share"))?;
-        attach(&rootfs, bundle.rootfs_path())?;
+        let step = |source| ShareError::Make { step: "make the container's directory in the share", source };
+        self.make_directory(&place.name).map_err(step)?;
+        let rootfs = format!("{}/{ROOTFS}", place.name);
+        let attached = next().and_then(|tree| self.attach(&tree, &rootfs, true));
+        attached.map_err(failed(bundle.rootfs_path()))?;
         if let Some(root) = spec.root_mut() {
-            root.set_path(guest_root.into());
+            root.set_path(place.root_in_guest().into());
         }
-        self.make_directory(&format!("{place}/mounts"))
-            .map_err(step("make the mounts directory in the share"))?;
         for bind in bundle.binds() {
-            let name = format!("mounts/{}", bind.index());
-            let mount_point = format!("{place}/{name}");
-            let made = if bind.is_directory() {
-                self.make_directory(&mount_point)
-            } else {
-                self.make_file(&mount_point)
-            };
-            made.map_err(step("make a mount point in the share"))?;
-            attach(&mount_point, bind.path())?;
+            let added = next().and_then(|tree| self.add_volume(bind, &tree));
+            let volume = added.map_err(failed(bind.path()))?;
+            place.volumes.push(volume);
             if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
-                mount.set_source(Some(guest.join(name)));
+                mount.set_source(Some(Path::new(GUEST_SHARE_DIR).join(volume_name(volume))));
             }
         }
         Ok(spec)
     }
 
-    /// Takes away what [`Share::add`] has added for a container. What the guest has still open goes on to work.
-    pub fn remove(&self, place: &Place, bundle: &Bundle) {
-        let place = &place.name;
-        let directory = self.mounted.0.join(place);
-        let binds =
-            bundle.binds().iter().map(|bind| (format!("mounts/{}", bind.index()), bind.is_directory()));
-        for (name, is_directory) in binds.chain([(ROOTFS.to_owned(), true)]) {
-            let _ = unmount(directory.join(&name), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-            let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-            let _ = rustix::fs::unlinkat(&self.writable, format!("{place}/{name}"), flags);
-        }
-        for place in [format!("{place}/mounts"), place.clone()] {
-            if let Err(error) = rustix::fs::unlinkat(&self.writable, &place, AtFlags::REMOVEDIR) {
-                tracing::debug!(place, %error, "remove from the share");
+    /// Attaches the source of a bind mount, unless it is there already; its number.
+    fn add_volume(&self, bind: &Bind, tree: &OwnedFd) -> io::Result<u64> {
+        let file = FileId::of(tree)?;
+        let mut volumes = self.volumes();
+        let number = volumes.number();
+        let name = volume_name(number);
+        self.attach(tree, &name, bind.is_directory())
+            .inspect_err(|_| self.detach(&name, bind.is_directory()))?;
+        // To whom files belong is not in the table.
+        if bind.id_map().is_none() && volumes.alike(file).next().is_some() {
+            let there = std::fs::read_to_string("/proc/thread-self/mountinfo").map(|table| {
+                let path = |number| self.mounted.0.join(volume_name(number)).to_string_lossy().into_owned();
+                let new = volumes::escaped(&path(number));
+                volumes.alike(file).find(|old| volumes::serves(&table, &volumes::escaped(&path(*old)), &new))
+            });
+            if !matches!(there, Ok(None)) {
+                self.detach(&name, bind.is_directory());
+            }
+            if let Some(there) = there? {
+                volumes.use_again(there);
+                return Ok(there);
             }
         }
+        volumes.insert(number, file, bind.is_directory());
+        Ok(number)
+    }
+
+    /// Takes away what [`Share::add`] has added for a container, as far as no other one uses it; what that is to the guest. What the guest has still open
+    /// goes on to work.
+    pub fn remove(&self, place: &Place) -> Vec<PathBuf> {
+        let mut removed = vec![place.in_guest()];
+        self.detach(&format!("{}/{ROOTFS}", place.name), true);
+        if let Err(error) = rustix::fs::unlinkat(&self.writable, &place.name, AtFlags::REMOVEDIR) {
+            tracing::debug!(place = place.name, %error, "remove from the share");
+        }
+        let mut volumes = self.volumes();
+        for number in &place.volumes {
+            if let Some(is_directory) = volumes.release(*number) {
+                let name = volume_name(*number);
+                self.detach(&name, is_directory);
+                removed.push(Path::new(GUEST_SHARE_DIR).join(name));
+            }
+        }
+        removed
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, Volumes> {
+        // Nothing that holds the lock panics half-way.
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn make_directory(&self, place: &str) -> Result<(), Errno> {
@@ -267,13 +302,27 @@ impl Share {
         rustix::fs::openat(&self.writable, place, flags, Mode::from_raw_mode(0o644)).map(drop)
     }
 
-    fn attach(&self, tree: &OwnedFd, place: &str) -> io::Result<()> {
+    /// Attaches a tree at a mount point that is made for it.
+    fn attach(&self, tree: &OwnedFd, place: &str, is_directory: bool) -> io::Result<()> {
+        if is_directory { self.make_directory(place) } else { self.make_file(place) }?;
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let target = rustix::fs::openat2(&self.root, place, flags, Mode::empty(), resolve)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         Ok(move_mount(tree, "", &target, "", flags)?)
     }
+
+    /// Takes away what is attached at a mount point, and that.
+    fn detach(&self, place: &str, is_directory: bool) {
+        let _ = unmount(self.mounted.0.join(place), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        let _ = rustix::fs::unlinkat(&self.writable, place, flags);
+    }
+}
+
+/// A volume in the share.
+fn volume_name(number: u64) -> String {
+    format!("{VOLUMES}/{number}")
 }
 
 /// Whether a file may be shared as the source of a bind mount.

@@ -77,14 +77,14 @@ fn guest_sees_the_root_and_the_spec_says_where() {
         let (spec, _) = f.add(false, &f.bind("data", &["rbind"])).unwrap();
         assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/run/kvrun/share/0/rootfs"));
         let source = spec.mounts().as_ref().unwrap()[0].source().clone().unwrap();
-        assert_eq!(source, Path::new("/run/kvrun/share/0/mounts/0"));
+        assert_eq!(source, Path::new("/run/kvrun/share/volumes/0"));
 
         assert_eq!(fs::read_to_string(f.path("share/0/rootfs/etc/motd")).unwrap(), "hello");
         // The working directory is made if it is missing; mount points are left to the agent.
         assert!(f.path("bundle/rootfs/work/here").is_dir() && !f.path("bundle/rootfs/mnt").exists());
         fs::write(f.path("share/0/rootfs/new"), "from the guest").unwrap();
         assert_eq!(fs::read_to_string(f.path("bundle/rootfs/new")).unwrap(), "from the guest");
-        fs::write(f.path("share/0/mounts/0/new"), "too").unwrap();
+        fs::write(f.path("share/volumes/0/new"), "too").unwrap();
         assert_eq!(fs::read_to_string(f.path("data/new")).unwrap(), "too");
     });
 }
@@ -94,7 +94,7 @@ fn file_is_shared_as_a_file() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
         f.add(false, &f.bind("file", &["bind"])).unwrap();
-        assert_eq!(fs::read_to_string(f.path("share/0/mounts/0")).unwrap(), "a file");
+        assert_eq!(fs::read_to_string(f.path("share/volumes/0")).unwrap(), "a file");
     });
 }
 
@@ -103,7 +103,7 @@ fn share_itself_cannot_be_filled_by_the_guest() {
     in_namespace(|namespace| {
         let f = Fixture::new(namespace);
         f.add(false, &json!([])).unwrap();
-        for place in ["share/x", "share/0/x", "share/0/mounts/x"] {
+        for place in ["share/x", "share/0/x", "share/volumes/x"] {
             let error = fs::write(f.path(place), "x").unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
         }
@@ -141,12 +141,15 @@ fn read_only_bind_leaves_mounts_below_it_unless_recursive() {
         mount_below(&f);
         f.add(false, &f.bind("data", &["rbind", "ro"])).unwrap();
         let write = |name: &str| fs::write(f.path(&format!("share/{name}")), "x");
-        assert_eq!(write("0/mounts/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
-        write("0/mounts/0/below/x").unwrap();
+        assert_eq!(write("volumes/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        write("volumes/0/below/x").unwrap();
 
+        let f = Fixture::new(namespace);
+        mount_below(&f);
         f.add(false, &f.bind("data", &["rbind", "rro"])).unwrap();
-        assert_eq!(write("1/mounts/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
-        assert_eq!(write("1/mounts/0/below/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        let write = |name: &str| fs::write(f.path(&format!("share/{name}")), "x");
+        assert_eq!(write("volumes/0/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(write("volumes/0/below/x").unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
     });
 }
 
@@ -157,7 +160,7 @@ fn bind_that_is_not_recursive_leaves_out_what_is_mounted_below() {
         mount_below(&f);
         fs::write(f.path("data/below/x"), "x").unwrap();
         f.add(false, &f.bind("data", &["bind"])).unwrap();
-        assert!(!f.path("share/0/mounts/0/below/x").exists());
+        assert!(!f.path("share/volumes/0/below/x").exists());
     });
 }
 
@@ -184,8 +187,10 @@ fn removed_container_leaves_nothing_and_its_place_is_not_used_again() {
         let before = mounts();
         let (_, place) = f.add(false, &f.bind("file", &["bind"])).unwrap();
         assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/0"));
-        f.share.remove(&place, &f.bundle().0);
-        assert_eq!(fs::read_dir(f.path("share")).unwrap().count(), 0);
+        let removed = ["/run/kvrun/share/0", "/run/kvrun/share/volumes/0"].map(PathBuf::from);
+        assert_eq!(f.share.remove(&place), removed);
+        let left = || ["share", "share/volumes"].map(|dir| fs::read_dir(f.path(dir)).unwrap().count());
+        assert_eq!(left(), [1, 0]);
         // One that cannot be added leaves nothing either.
         f.write_config(false, &f.bind("file", &["bind"]));
         let (bundle, files) = f.bundle();
@@ -195,9 +200,49 @@ fn removed_container_leaves_nothing_and_its_place_is_not_used_again() {
         fs::write(f.path("bundle/rootfs/mnt"), "").unwrap();
         let below = json!([{"destination": "/mnt/below", "type": "tmpfs"}]);
         assert!(f.add(true, &below).is_err());
-        assert_eq!((fs::read_dir(f.path("share")).unwrap().count(), mounts()), (0, before));
+        assert_eq!((left(), mounts()), ([1, 0], before));
         let (_, place) = f.add(false, &json!([])).unwrap();
         assert_eq!(place.in_guest(), Path::new("/run/kvrun/share/2"));
+    });
+}
+
+#[test]
+fn containers_that_bind_the_same_have_one_volume() {
+    in_namespace(|namespace| {
+        let f = Fixture::new(namespace);
+        let source = |(spec, place): (Spec, Place)| {
+            let source = spec.mounts().as_ref().unwrap()[0].source().clone().unwrap();
+            (source.strip_prefix("/run/kvrun/share/volumes").unwrap().to_str().unwrap().to_owned(), place)
+        };
+        let add = |name: &str, options: &[&str]| source(f.add(false, &f.bind(name, options)).unwrap());
+        let (first, first_place) = add("data", &["rbind"]);
+        let (second, second_place) = add("data", &["rbind"]);
+        let (reader, reader_place) = add("data", &["rbind", "ro"]);
+        assert_eq!([&first, &second, &reader], ["0"; 3]);
+        // With other mounts in it, it is something else, and so is another directory.
+        mount_below(&f);
+        let (later, later_place) = add("data", &["rbind"]);
+        let (below, below_place) = add("data/below", &["rbind"]);
+        let (file, file_place) = add("file", &["bind"]);
+        let (same_file, same_file_place) = add("file", &["bind"]);
+        assert_eq!([&later, &below, &file, &same_file], ["3", "4", "5", "5"]);
+
+        assert_eq!(f.share.remove(&first_place).len(), 1);
+        assert_eq!(f.share.remove(&reader_place).len(), 1);
+        fs::write(f.path("share/volumes/0/new"), "new").unwrap();
+        assert_eq!(f.share.remove(&second_place).len(), 2);
+        assert!(!f.path("share/volumes/0").exists());
+        for place in [later_place, below_place, file_place, same_file_place] {
+            f.share.remove(&place);
+        }
+        assert_eq!(fs::read_dir(f.path("share/volumes")).unwrap().count(), 0);
+
+        // Who must not write does not get what others write to.
+        let (reader, _) = add("file", &["bind", "ro"]);
+        let (writer, _) = add("file", &["bind"]);
+        assert_ne!(reader, writer);
+        let error = fs::write(f.path("share/volumes").join(reader), "x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
     });
 }
 
@@ -232,10 +277,10 @@ fn files_that_only_another_namespace_has_are_handed_over() {
         let bundle = Bundle::handed_over(&f.path("bundle"), handed, &|_| None).unwrap();
         f.share.add(&bundle, trees).unwrap();
         assert_eq!(fs::read_to_string(f.path("share/0/rootfs/motd")).unwrap(), "theirs");
-        assert_eq!(fs::read_to_string(f.path("share/0/mounts/0/below/x")).unwrap(), "x");
+        assert_eq!(fs::read_to_string(f.path("share/volumes/0/below/x")).unwrap(), "x");
         assert!(f.path("share/0/rootfs/mnt").is_dir(), "a mount point in a read-only root");
-        for name in ["rootfs/x", "mounts/0/x"] {
-            let error = fs::write(f.path("share/0").join(name), "x").unwrap_err();
+        for name in ["0/rootfs/x", "volumes/0/x"] {
+            let error = fs::write(f.path("share").join(name), "x").unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
         }
     });

@@ -288,6 +288,16 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     ensure!(fs::read_to_string(path("log"))? == "why\n");
     let size = pod.sh(&first, "df -k /dev/shm | tail -n 1 | awk '{print $2}'")?;
     ensure!(size == "65536\n", "{size}");
+
+    // A socket of one container is that of the others, and what a container that is gone has used with others is still there.
+    pod.sh(&second, "ln -s /shared/log /dev/log && syslogd -O /shared/messages")?;
+    pod.sh(&first, "ln -s /shared/log /dev/log && logger from first")?;
+    time::until("it has been logged", || {
+        Ok(pod.sh(&second, "cat /shared/messages")?.contains("from first"))
+    })?;
+    pod.remove_container(&first)?;
+    fs::write(path("shared").join("file"), "later\n")?;
+    ensure!(pod.sh(&second, "cat /shared/file && logger from second")? == "later\n");
     pod.remove()?;
     cri.end()
 }
