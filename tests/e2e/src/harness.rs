@@ -9,7 +9,9 @@ use std::io::Read;
 use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -45,6 +47,9 @@ const ID_VARIABLE: &str = "KVRUN_E2E_ID";
 /// whole workspace and these elsewhere.
 const PART_VARIABLE: &str = "KVRUN_E2E_PART";
 
+/// How many of the longest tests are told at the end.
+const LONGEST: usize = 20;
+
 /// `main` of the test binary.
 pub fn main(groups: &[&'static [Case]]) -> ExitCode {
     let cases = groups.iter().flat_map(|group| group.iter());
@@ -77,19 +82,48 @@ pub fn main(groups: &[&'static [Case]]) -> ExitCode {
         }
         skip = Some(format!("{reason:#}"));
     }
+    let times = Times::default();
     let in_part = cases.enumerate().filter(|(index, _)| index % part.of == part.number);
     let trials = in_part.map(|(index, case)| {
         let missing = case.needs.filter(|program| !is_there(program));
         let skip =
             skip.clone().or_else(|| missing.map(|program| format!("there is no {program} on this host")));
         let id = format!("e2e-{}-{index}", std::process::id());
+        let times = times.clone();
         Trial::ignorable_test(case.short_name(), move || match skip {
             Some(reason) if required => Err(reason.into()),
             Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => spawn(case, &id).map(|()| Completion::Completed),
+            None => times.of(case, || spawn(case, &id)).map(|()| Completion::Completed),
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    times.print_longest();
+    conclusion.exit_code()
+}
+
+/// How long each test took.
+#[derive(Clone, Default)]
+struct Times(Arc<Mutex<Vec<(Duration, &'static str)>>>);
+
+impl Times {
+    fn of<T>(&self, case: &'static Case, test: impl FnOnce() -> T) -> T {
+        let before = Instant::now();
+        let result = test();
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        times.push((before.elapsed(), case.short_name()));
+        result
+    }
+
+    /// Those to look at when the whole takes too long.
+    fn print_longest(&self) {
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        times.sort_unstable_by(|one, other| other.cmp(one));
+        let all: Duration = times.iter().map(|(time, _)| *time).sum();
+        eprintln!("{:.1} s in tests; the longest:", all.as_secs_f64());
+        for (time, name) in times.iter().take(LONGEST) {
+            eprintln!("{:6.1} s  {name}", time.as_secs_f64());
+        }
+    }
 }
 
 /// Whether a program is where tests look for programs.
