@@ -1,6 +1,7 @@
 //! Pods and their output through containerd, with kvrun's shim and with runc's, by the clients that the end-to-end tests have, in
 //! namespaces of their own.
 
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -8,7 +9,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
-use kvrun_e2e::cri::{Cri, HANDLER, script};
+use kvrun_e2e::cri::{Cri, HANDLER, cgroup, script};
 use kvrun_e2e::{Test, isolation, time};
 
 use crate::boot::now_ns;
@@ -33,6 +34,9 @@ pub(crate) fn measure(stage: &Stage, runs: usize, report: &mut Report) -> Result
     report.ratio("pod.start_ms", "pod.runc_start_ms");
 
     let pod = cri.run_pod(cri.pod_config("rest"))?;
+    // What it costs beside its containers: the processes, the guest's memory, and what the host's kernel keeps for both.
+    let all = fs::read_to_string(cgroup(&test).join("memory.current"))?;
+    report.number("mem.pod_overhead_kib", all.trim().parse::<f64>()? / 1024.0);
     let container = pod.start(script("sleeper", "echo up; sleep 1000"))?;
     time::until("the container runs", || Ok(pod.log("sleeper")?.contains("up")))?;
     let (shim, vmm) = (only(&test.processes(SHIM)?)?, only(&test.vmms()?)?);
