@@ -28,10 +28,54 @@ const RUN: &str = "/run/containerd";
 /// Its configuration, in the directory of its files.
 const CONFIG: &str = "config.toml";
 
+/// A containerd that can be started.
+#[derive(Debug)]
+pub struct Release {
+    /// Where its programs are; empty: on the path.
+    programs: &'static str,
+    /// The version of its configuration.
+    config: u8,
+}
+
+/// The host's, of version 2.1 or later.
+pub const INSTALLED: Release = Release { programs: "", config: 3 };
+/// One of version 1.7, beside that.
+pub const OLDER: Release = Release { programs: "/opt/containerd-1.7/usr/bin", config: 2 };
+
+impl Release {
+    fn program(&self, name: &str) -> PathBuf {
+        Path::new(self.programs).join(name)
+    }
+
+    /// The part of its configuration that is about CRI, but for where CNI's configuration is: a runtime by the name of `handler` that is us.
+    pub(crate) fn cri(&self, handler: &str, cni_plugins: &str, cni_config: &Path) -> String {
+        let cni_config = cni_config.display();
+        let runtime = format!("runtime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = true\n");
+        if self.config < 3 {
+            let plugin = "plugins.'io.containerd.grpc.v1.cri'";
+            return format!(
+                "[{plugin}]\nsandbox_image = \"{PAUSE}\"\nstream_server_port = \"0\"\n\
+                 [{plugin}.containerd]\ndefault_runtime_name = \"{handler}\"\n\
+                 [{plugin}.containerd.runtimes.{handler}]\n{runtime}\
+                 [{plugin}.cni]\nbin_dir = \"{cni_plugins}\"\nconf_dir = \"{cni_config}\"\n"
+            );
+        }
+        let plugin = "plugins.'io.containerd.cri.v1.runtime'";
+        format!(
+            "[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = \"{PAUSE}\"\n\
+             [{plugin}.containerd]\ndefault_runtime_name = \"{handler}\"\n\
+             [{plugin}.containerd.runtimes.{handler}]\n{runtime}\
+             [{plugin}.cni]\nbin_dirs = [\"{cni_plugins}\"]\nconf_dir = \"{cni_config}\"\n\
+             [plugins.'io.containerd.grpc.v1.cri']\nstream_server_port = \"0\"\n"
+        )
+    }
+}
+
 /// A containerd that runs.
 #[derive(Debug)]
 pub struct Containerd<'a> {
     test: &'a Test,
+    release: &'static Release,
     dir: PathBuf,
     daemon: Mutex<Running>,
     /// In which its containers are.
@@ -64,28 +108,36 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn with_config(test: &'a Test, config: &str) -> Result<Self> {
-        Self::with(test, &[&UNUSED[..], &CRI].concat(), config, "default")
+        Self::with(test, &INSTALLED, &[&UNUSED[..], &CRI].concat(), config, "default")
     }
 
     /// One that has [`IMAGE`] and [`PAUSE`] for its CRI plugin, with more configuration.
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn with_cri(test: &'a Test, config: &str) -> Result<Self> {
-        Self::with(test, &UNUSED, config, "k8s.io")
+    pub fn with_cri(test: &'a Test, release: &'static Release, config: &str) -> Result<Self> {
+        Self::with(test, release, &UNUSED, config, "k8s.io")
     }
 
-    fn with(test: &'a Test, disabled: &[&str], more: &str, namespace: &'static str) -> Result<Self> {
+    fn with(
+        test: &'a Test,
+        release: &'static Release,
+        disabled: &[&str],
+        more: &str,
+        namespace: &'static str,
+    ) -> Result<Self> {
         let dir = test.scratch().join("containerd");
         fs::create_dir_all(&dir)?;
         let here = dir.display();
         let config = format!(
-            "version = 3\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {disabled:?}\n\
-             [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n{more}"
+            "version = {}\nroot = \"{here}/root\"\nstate = \"{here}/state\"\ndisabled_plugins = {disabled:?}\n\
+             [grpc]\naddress = \"{here}/containerd.sock\"\n[debug]\nlevel = \"debug\"\n{more}",
+            release.config
         );
         let path = dir.join(CONFIG);
         fs::write(&path, config)?;
-        let containerd = Self { test, daemon: Mutex::new(start(test, &path)?), dir, namespace };
+        let daemon = Mutex::new(start(test, release, &path)?);
+        let containerd = Self { test, release, daemon, dir, namespace };
         let archive = image_archive(&containerd.dir)?;
         containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
         Ok(containerd)
@@ -101,7 +153,7 @@ impl<'a> Containerd<'a> {
 
     /// A `ctr` command.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = Command::new(self.release.program("ctr"));
         self.complete(&mut command, args);
         command
     }
@@ -175,7 +227,7 @@ impl<'a> Containerd<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn start_again(&self) -> Result<()> {
-        *self.daemon() = start(self.test, &self.config())?;
+        *self.daemon() = start(self.test, self.release, &self.config())?;
         Ok(())
     }
 
@@ -215,8 +267,8 @@ pub(crate) fn remove_state(namespace: &str) -> Result<()> {
 }
 
 /// Starts a containerd, which finds our shim, with a file of configuration.
-pub(crate) fn start(test: &Test, config: &Path) -> Result<Running> {
-    let mut command = Command::new("containerd");
+pub(crate) fn start(test: &Test, release: &Release, config: &Path) -> Result<Running> {
+    let mut command = Command::new(release.program("containerd"));
     test.environment(&mut command);
     // Shims are looked for on the path.
     let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", test.prefix().join("bin").display());

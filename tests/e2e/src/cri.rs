@@ -10,7 +10,7 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use serde_json::json;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::containerd::{Containerd, IMAGE, PAUSE, SHIM};
+use crate::containerd::{Containerd, IMAGE, INSTALLED, Release, SHIM};
 use crate::fixture::{Test, VMM};
 use crate::leaks;
 use crate::netns;
@@ -62,6 +62,14 @@ impl<'a> Cri<'a> {
     /// # Errors
     /// When it does not come up.
     pub fn new(test: &'a Test) -> Result<Self> {
+        Self::of(test, &INSTALLED)
+    }
+
+    /// As [`Cri::new`], of another release.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn of(test: &'a Test, release: &'static Release) -> Result<Self> {
         netns::run("ip link set lo up")?;
         let dir = test.scratch().join("cni");
         fs::create_dir_all(&dir)?;
@@ -76,7 +84,7 @@ impl<'a> Cri<'a> {
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ]});
         fs::write(dir.join("pods.conflist"), list.to_string())?;
-        let containerd = Containerd::with_cri(test, &plugin(&dir))?;
+        let containerd = Containerd::with_cri(test, release, &release.cri(HANDLER, PLUGINS, &dir))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix://{}", containerd.socket().display());
         let channel = runtime.block_on(async { Endpoint::new(address)?.connect().await })?;
@@ -247,19 +255,6 @@ pub fn cgroup(test: &Test) -> PathBuf {
 /// Where CNI's host-local keeps who has which address.
 fn leases(test: &Test) -> PathBuf {
     test.scratch().join("cni/leases")
-}
-
-/// The part of containerd's configuration that is about CRI.
-fn plugin(cni: &Path) -> String {
-    format!(
-        "[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = \"{PAUSE}\"\n\
-         [plugins.'io.containerd.cri.v1.runtime'.containerd]\ndefault_runtime_name = \"{HANDLER}\"\n\
-         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]\nruntime_type = \"{}\"\nprivileged_without_host_devices = true\n\
-         [plugins.'io.containerd.cri.v1.runtime'.cni]\nbin_dirs = [\"{PLUGINS}\"]\nconf_dir = \"{}\"\n\
-         [plugins.'io.containerd.grpc.v1.cri']\nstream_server_port = \"0\"\n",
-        crate::containerd::RUNTIME,
-        cni.display()
-    )
 }
 
 /// Whose processes are seen.

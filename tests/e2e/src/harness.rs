@@ -126,7 +126,7 @@ impl Times {
     }
 }
 
-/// Whether a program is where tests look for programs.
+/// Whether a program is where tests look for programs, unless it is named by its path.
 fn is_there(program: &str) -> bool {
     ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).exists())
 }

@@ -98,5 +98,5 @@ fn containerd(test: &Test, dir: &Path) -> Result<Running> {
          disabled_plugins = {disabled:?}\n[grpc]\naddress = \"{here}/containerd.sock\"\n"
     );
     fs::write(&path, config)?;
-    containerd::start(test, &path)
+    containerd::start(test, &containerd::INSTALLED, &path)
 }

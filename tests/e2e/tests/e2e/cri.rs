@@ -1,6 +1,7 @@
 //! Pods, as a kubelet has containerd's CRI plugin run them with our shim.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
+use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release};
 use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::loop_device::Loop;
@@ -26,6 +28,10 @@ pub(crate) const CASES: &[Case] = cases![
     security_context_holds,
     limits_hold_and_can_be_changed,
     machine_grows_and_shrinks_with_what_its_containers_ask_for,
+];
+
+pub(crate) const OLDER_CASES: &[Case] = cases![needs "/opt/containerd-1.7/usr/bin/containerd":
+    pods_and_tasks_of_containerd_1_7,
 ];
 
 /// How long a container has to end when it is asked to.
@@ -61,7 +67,15 @@ pub(crate) fn of_container(
 }
 
 fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
-    let cri = Cri::new(t)?;
+    come_and_go(t, &INSTALLED)
+}
+
+fn pods_and_tasks_of_containerd_1_7(t: &Test) -> Result<()> {
+    come_and_go(t, &OLDER)
+}
+
+fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
+    let cri = Cri::of(t, release)?;
     let pod = cri.run_pod(cri.pod_config("web"))?;
     ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady);
     let volume = t.scratch().join("volume");
@@ -114,7 +128,20 @@ fn containers_of_a_pod_share_a_machine_and_come_and_go(t: &Test) -> Result<()> {
     missing.command = vec!["/no/such/program".to_owned()];
     let error = pod.start(missing).err().context("it cannot run")?;
     ensure!(format!("{error:#}").contains("does not exist in the container"), "{error:#}");
+    // The pod outlives containerd.
+    cri.containerd().kill()?;
+    cri.start_again()?;
+    ensure!(pod.sh(&client, "hostname")? == "web\n");
     pod.remove()?;
+
+    let script = "cat; echo problem >&2; exit 7";
+    let ctr = cri.containerd();
+    let mut started = ctr.start(&["run", "--rm", "--runtime", RUNTIME, IMAGE, t.id(), "sh", "-c", script])?;
+    let mut stdin = started.stdin.take().context("no stdin")?;
+    stdin.write_all(b"from outside\n")?;
+    started.until("from outside")?;
+    drop(stdin);
+    ensure!(started.wait()?.exited(7).stdout("from outside\n").stderr == "problem\n");
     cri.end()
 }
 

@@ -71,6 +71,7 @@ fn main() -> ExitCode {
         pods::CASES,
         containerd::CASES,
         cri::CASES,
+        cri::OLDER_CASES,
         deploy::CASES,
         pod_faults::CASES,
         soak::CASES,
