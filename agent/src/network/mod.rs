@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use kvrun_netlink::Netlink;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -20,7 +20,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::net::{SocketType, netdevice, socket};
 
-use self::plan::{Interface, Neighbor, Plan, Prefix, Route};
+use self::plan::{Address, Interface, Neighbor, Plan, Prefix, Route};
 use crate::slots::{SlotError, Slots};
 
 /// Why the network could not be set up.
@@ -114,12 +114,16 @@ fn rename(netlink: &mut Netlink, index: u32, now: &str, name: &str) -> Result<()
 fn set_link(netlink: &mut Netlink, index: u32, interface: &Interface) -> Result<(), NetworkError> {
     let name = &interface.name;
     let mut message = link_message(index, LinkFlags::Up);
+    message.header.change_mask |= LinkFlags::Noarp;
+    if interface.no_arp {
+        message.header.flags |= LinkFlags::Noarp;
+    }
     message.attributes.extend(interface.mtu.map(LinkAttribute::Mtu));
     message.attributes.extend(interface.mac.map(|mac| LinkAttribute::Address(mac.to_vec())));
     request(netlink, RouteNetlinkMessage::SetLink(message), || format!("take the interface {name} up"))?;
-    for prefix in &interface.addresses {
-        let message = address_message(prefix, index);
-        let Prefix { address, length } = prefix;
+    for given in &interface.addresses {
+        let message = address_message(given, index);
+        let Prefix { address, length } = given.prefix;
         let what = || format!("give the interface {name} the address {address}/{length}");
         request(netlink, RouteNetlinkMessage::NewAddress(message), what)?;
     }
@@ -134,7 +138,8 @@ fn link_message(index: u32, flags: LinkFlags) -> LinkMessage {
     message
 }
 
-fn address_message(prefix: &Prefix, index: u32) -> AddressMessage {
+fn address_message(given: &Address, index: u32) -> AddressMessage {
+    let Address { prefix, no_route } = given;
     let mut message = AddressMessage::default();
     message.header.family = family(prefix.address);
     message.header.prefix_len = prefix.length;
@@ -145,6 +150,11 @@ fn address_message(prefix: &Prefix, index: u32) -> AddressMessage {
     }
     message.attributes =
         vec![AddressAttribute::Address(prefix.address), AddressAttribute::Local(prefix.address)];
+    if *no_route {
+        // Instead of those in the header, for which this one is too large.
+        let flags = u32::from(message.header.flags.bits()) | AddressFlags::Noprefixroute.bits();
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::from_bits_retain(flags)));
+    }
     message
 }
 

@@ -26,7 +26,14 @@ pub(super) struct Interface {
     pub(super) name: String,
     pub(super) mtu: Option<u32>,
     pub(super) mac: Option<[u8; 6]>,
-    pub(super) addresses: Vec<Prefix>,
+    pub(super) no_arp: bool,
+    pub(super) addresses: Vec<Address>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) prefix: Prefix,
+    pub(super) no_route: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +90,12 @@ fn interface(interface: &api::Interface) -> Result<Interface, PlanError> {
         name: name(&interface.name)?,
         mtu: not_zero(interface.mtu),
         mac: Some(&interface.mac).filter(|mac| !mac.is_empty()).map(|bytes| mac(bytes)).transpose()?,
-        addresses: interface.addresses.iter().map(prefix).collect::<Result<_, _>>()?,
+        no_arp: interface.no_arp,
+        addresses: interface
+            .addresses
+            .iter()
+            .map(|given| Ok(Address { prefix: prefix(given)?, no_route: given.no_route }))
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -170,7 +182,11 @@ mod tests {
                 name: "eth0".to_owned(),
                 mtu: 9000,
                 mac: vec![2, 0, 0, 0, 0, 1],
-                addresses: vec![prefix(&[10, 0, 0, 2], 24), prefix(&[0xfd; 16], 64)],
+                no_arp: true,
+                addresses: vec![
+                    prefix(&[10, 0, 0, 2], 24),
+                    api::IpPrefix { no_route: true, ..prefix(&[0xfd; 16], 64) },
+                ],
                 ..Default::default()
             }],
             routes: vec![api::Route {
@@ -194,8 +210,10 @@ mod tests {
     fn everything_asked_for_is_in_the_plan() {
         let plan = Plan::parse(&request()).unwrap();
         let address = IpAddr::from([10, 0, 0, 2]);
-        assert_eq!(plan.interfaces[0].addresses[0], Prefix { address, length: 24 });
-        assert_eq!(plan.interfaces[0].addresses[1].address, IpAddr::from([0xfd; 16]));
+        let first = Address { prefix: Prefix { address, length: 24 }, no_route: false };
+        let second = Address { prefix: Prefix { address: [0xfd; 16].into(), length: 64 }, no_route: true };
+        assert_eq!(plan.interfaces[0].addresses, [first, second]);
+        assert!(plan.interfaces[0].no_arp);
         assert_eq!((plan.interfaces[0].mtu, plan.interfaces[0].mac), (Some(9000), Some([2, 0, 0, 0, 0, 1])));
         assert_eq!((plan.routes[0].gateway, plan.routes[0].source), (Some([10, 0, 0, 1].into()), None));
         assert_eq!((plan.routes[0].metric, plan.routes[0].table), (Some(100), None));

@@ -54,13 +54,18 @@ fn tap(name: &str) -> File {
     fd
 }
 
+fn on_link(address: IpAddr, length: u8) -> Address {
+    Address { prefix: Prefix { address, length }, no_route: false }
+}
+
 fn interface(slot: u32, name: &str, addresses: &[([u8; 4], u8)]) -> Interface {
-    let prefix = |&(address, length): &([u8; 4], u8)| Prefix { address: IpAddr::from(address), length };
+    let prefix = |&(address, length): &([u8; 4], u8)| on_link(IpAddr::from(address), length);
     Interface {
         slot,
         name: name.to_owned(),
         mtu: Some(1400),
         mac: Some([2, 0, 0, 0, 0, slot as u8]),
+        no_arp: false,
         addresses: addresses.iter().map(prefix).collect(),
     }
 }
@@ -86,7 +91,9 @@ fn proc_net(file: &str) -> String {
 fn interfaces_get_what_is_planned_also_a_second_time() {
     let bench = Bench::new("planned");
     let mut eth = interface(2, "pod0", &[([10, 1, 0, 2], 24)]);
-    eth.addresses.push(Prefix { address: "fd00::2".parse().unwrap(), length: 64 });
+    eth.addresses.push(on_link("fd00::2".parse().unwrap(), 64));
+    // Of this one, there is no route in the list.
+    eth.addresses.push(Address { no_route: true, ..on_link([10, 2, 0, 2].into(), 24) });
     let mut plan = Plan {
         interfaces: vec![eth],
         routes: vec![

@@ -47,16 +47,25 @@ impl Release {
         Path::new(self.programs).join(name)
     }
 
-    /// The part of its configuration that is about CRI, but for where CNI's configuration is: a runtime by the name of `handler` that is us.
-    pub(crate) fn cri(&self, handler: &str, cni_plugins: &str, cni_config: &Path) -> String {
-        let cni_config = cni_config.display();
+    /// The part of its configuration that is about CRI: a runtime by the name of `handler` that is us, with the network that is configured in
+    /// `cni_config`; and another one, whose pods are on all networks of a directory of its own.
+    pub(crate) fn cri(
+        &self,
+        handler: &str,
+        cni_plugins: &str,
+        cni_config: &Path,
+        (other, networks): (&str, &Path),
+    ) -> String {
+        let (cni_config, networks) = (cni_config.display(), networks.display());
         let runtime = format!("runtime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = true\n");
+        let on_networks = format!("cni_conf_dir = \"{networks}\"\ncni_max_conf_num = 8\n");
         if self.config < 3 {
             let plugin = "plugins.'io.containerd.grpc.v1.cri'";
             return format!(
                 "[{plugin}]\nsandbox_image = \"{PAUSE}\"\nstream_server_port = \"0\"\n\
                  [{plugin}.containerd]\ndefault_runtime_name = \"{handler}\"\n\
                  [{plugin}.containerd.runtimes.{handler}]\n{runtime}\
+                 [{plugin}.containerd.runtimes.{other}]\n{runtime}{on_networks}\
                  [{plugin}.cni]\nbin_dir = \"{cni_plugins}\"\nconf_dir = \"{cni_config}\"\n"
             );
         }
@@ -65,6 +74,7 @@ impl Release {
             "[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = \"{PAUSE}\"\n\
              [{plugin}.containerd]\ndefault_runtime_name = \"{handler}\"\n\
              [{plugin}.containerd.runtimes.{handler}]\n{runtime}\
+             [{plugin}.containerd.runtimes.{other}]\n{runtime}{on_networks}\
              [{plugin}.cni]\nbin_dirs = [\"{cni_plugins}\"]\nconf_dir = \"{cni_config}\"\n\
              [plugins.'io.containerd.grpc.v1.cri']\nstream_server_port = \"0\"\n"
         )

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::containerd::{Containerd, IMAGE, INSTALLED, Release, SHIM};
@@ -18,6 +18,8 @@ use crate::time;
 
 /// The name of the runtime in containerd's configuration, as a RuntimeClass names it.
 pub const HANDLER: &str = "kvrun";
+/// Another one, whose pods have a link, called `eth` and its number, on each network of [`Cri::add_network`].
+pub const LINKS: &str = "kvrun-links";
 /// Debian's plugins.
 const PLUGINS: &str = "/usr/lib/cni";
 /// The network of the pods.
@@ -72,19 +74,17 @@ impl<'a> Cri<'a> {
     pub fn of(test: &'a Test, release: &'static Release) -> Result<Self> {
         netns::run("ip link set lo up")?;
         let dir = test.scratch().join("cni");
-        fs::create_dir_all(&dir)?;
+        fs::create_dir_all(links(test))?;
         // A kubelet makes the cgroups of pods.
         fs::create_dir(cgroup(test)).context("cannot make a cgroup")?;
         let list = json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [
-            {"type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": false, "ipam": {
-                "type": "host-local", "dataDir": leases(test),
-                "ranges": [[{"subnet": NETWORK}], [{"subnet": NETWORK6}]],
-                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-            }},
+            {"type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": false,
+                "ipam": ipam(test, [NETWORK, NETWORK6], true)},
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ]});
         fs::write(dir.join("pods.conflist"), list.to_string())?;
-        let containerd = Containerd::with_cri(test, release, &release.cri(HANDLER, PLUGINS, &dir))?;
+        let cri = release.cri(HANDLER, PLUGINS, &dir, (LINKS, &links(test)));
+        let containerd = Containerd::with_cri(test, release, &cri)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix://{}", containerd.socket().display());
         let channel = runtime.block_on(async { Endpoint::new(address)?.connect().await })?;
@@ -131,7 +131,17 @@ impl<'a> Cri<'a> {
         self.run_pod_by(HANDLER, config)
     }
 
-    /// As [`Cri::run_pod`], by a runtime of containerd's configuration: [`HANDLER`], or `runc`, which is always there.
+    /// Adds a network of a CNI plugin for the pods of [`LINKS`], with addresses of an IPv4 and an IPv6 network. Number 0 has the default routes.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn add_network(&self, number: u8, mut plugin: Value, addresses: [&str; 2]) -> Result<()> {
+        plugin["ipam"] = ipam(self.test, addresses, number == 0);
+        let list = json!({"cniVersion": "1.0.0", "name": format!("link{number}"), "plugins": [plugin]});
+        Ok(fs::write(links(self.test).join(format!("{number}.conflist")), list.to_string())?)
+    }
+
+    /// As [`Cri::run_pod`], by a runtime of containerd's configuration: [`HANDLER`], [`LINKS`], or `runc`, which is always there.
     ///
     /// # Errors
     /// What containerd says.
@@ -226,7 +236,9 @@ impl<'a> Cri<'a> {
         containerd.end()?;
         fs::remove_dir(cgroup(test)).context("a pod has left something in its cgroup")?;
         // What the bridge plugin makes stays, as on every host.
-        netns::run("ip link delete pods0")?;
+        if netns::run("ip -o link")?.contains(": pods0:") {
+            netns::run("ip link delete pods0")?;
+        }
         fs::remove_dir("/run/netns")?;
         Ok(())
     }
@@ -255,6 +267,20 @@ pub fn cgroup(test: &Test) -> PathBuf {
 /// Where CNI's host-local keeps who has which address.
 fn leases(test: &Test) -> PathBuf {
     test.scratch().join("cni/leases")
+}
+
+/// Where the networks of [`LINKS`] are configured.
+fn links(test: &Test) -> PathBuf {
+    test.scratch().join("cni/links")
+}
+
+/// Addresses as CNI's plugin `host-local` gives them.
+fn ipam(test: &Test, addresses: [&str; 2], default_routes: bool) -> Value {
+    let routes = if default_routes { json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]) } else { json!([]) };
+    json!({
+        "type": "host-local", "dataDir": leases(test),
+        "ranges": addresses.map(|network| [json!({"subnet": network})]), "routes": routes,
+    })
 }
 
 /// Whose processes are seen.

@@ -7,7 +7,10 @@ use kvrun_agent_api::agent as api;
 use kvrun_netlink::Netlink;
 use kvrun_vmm_api::config::{MAX_NET_MTU, MIN_NET_MTU};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage,
+};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
@@ -39,9 +42,22 @@ pub(super) struct Link {
     pub(super) mac: [u8; 6],
     /// Its MTU in bytes.
     pub(super) mtu: u16,
+    /// Whether nobody on it answers to ARP, as on an ipvlan link in mode l3.
+    pub(super) no_arp: bool,
     /// Its name and addresses.
     pub(super) name: String,
-    pub(super) addresses: Vec<(IpAddr, u8)>,
+    pub(super) addresses: Vec<Address>,
+}
+
+/// An address of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) ip: IpAddr,
+    /// How many bits its network has.
+    pub(super) bits: u8,
+    /// Whether there is the route to its network over the link that the kernel makes unless it is told not to. CNI's plugin ptp removes it: the
+    /// others of the network are behind the gateway.
+    pub(super) has_route: bool,
 }
 
 /// The lists of the kernel from which a [`Scan`] is made.
@@ -93,6 +109,9 @@ impl Scan {
             if let Some(mut link) = link(message)? {
                 let on_link = lists.addresses.iter().filter(|address| address.header.index == link.index);
                 link.addresses = on_link.filter_map(address).collect();
+                for address in &mut link.addresses {
+                    address.has_route = lists.routes.iter().any(|route| is_of(route, link.index, address));
+                }
                 scan.links.push(link);
             }
         }
@@ -201,7 +220,8 @@ impl Link {
             name: self.name.clone(),
             mtu: self.mtu.into(),
             mac: self.mac.to_vec(),
-            addresses: self.addresses.iter().map(|(address, length)| prefix(*address, *length)).collect(),
+            no_arp: self.no_arp,
+            addresses: self.addresses.iter().map(Address::prefix).collect(),
             ..Default::default()
         }
     }
@@ -209,26 +229,51 @@ impl Link {
     /// Whether a kernel makes the route by itself when it is given the addresses.
     fn implies(&self, destination: IpAddr, length: u8) -> bool {
         let link_local = matches!(destination, IpAddr::V6(address) if address.is_unicast_link_local());
-        link_local
-            || self.addresses.iter().any(|(address, bits)| {
-                *bits == length
-                    && network(*address, *bits) == network(destination, length)
-                    && address.is_ipv4() == destination.is_ipv4()
-            })
+        link_local || self.addresses.iter().any(|address| address.is_in(destination, length))
     }
+}
+
+impl Address {
+    /// Whether its network is this one.
+    fn is_in(&self, destination: IpAddr, length: u8) -> bool {
+        self.bits == length
+            && network(self.ip, self.bits) == network(destination, length)
+            && self.ip.is_ipv4() == destination.is_ipv4()
+    }
+
+    fn prefix(&self) -> api::IpPrefix {
+        api::IpPrefix { no_route: !self.has_route, ..prefix(self.ip, self.bits) }
+    }
+}
+
+/// Whether a route is the one to the network of an address that the kernel has made.
+fn is_of(route: &RouteMessage, link: u32, address: &Address) -> bool {
+    let by_link = route.attributes.contains(&RouteAttribute::Oif(link));
+    let to = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(to) => ip(to),
+        _ => None,
+    });
+    by_link
+        && route.header.kind == RouteType::Unicast
+        && route.header.protocol == RouteProtocol::Kernel
+        && to.is_some_and(|to| address.is_in(to, route.header.destination_prefix_length))
 }
 
 /// A link that the guest is to be on; `None` for loopback, for one that is down and for one that is part of another.
 fn link(message: &LinkMessage) -> Result<Option<Link>, NetworkError> {
     let header = &message.header;
-    let (mut name, mut mac, mut mtu, mut part, mut tun) = (String::new(), Vec::new(), 0, false, false);
+    let (mut name, mut mac, mut mtu, mut part) = (String::new(), Vec::new(), 0, false);
+    let (mut tun, mut l3s) = (false, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name.clone_from(text),
             LinkAttribute::Address(bytes) => mac.clone_from(bytes),
             LinkAttribute::Mtu(bytes) => mtu = *bytes,
             LinkAttribute::Controller(index) => part = *index != 0,
-            LinkAttribute::LinkInfo(infos) => tun |= infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
+            LinkAttribute::LinkInfo(infos) => {
+                tun |= infos.contains(&LinkInfo::Kind(InfoKind::Tun));
+                l3s |= infos.iter().any(is_l3s);
+            }
             _ => {}
         }
     }
@@ -242,16 +287,28 @@ fn link(message: &LinkMessage) -> Result<Option<Link>, NetworkError> {
     let (LinkLayerType::Ether, Ok(mac)) = (header.link_layer_type, <[u8; 6]>::try_from(mac)) else {
         return Err(refused("is not an Ethernet link"));
     };
+    if l3s {
+        return Err(refused(
+            "is an ipvlan link in mode l3s, which traffic control does not see; use l2 or l3",
+        ));
+    }
     let fits = |mtu: &u16| (MIN_NET_MTU..=MAX_NET_MTU).contains(mtu);
     let mtu = u16::try_from(mtu)
         .ok()
         .filter(fits)
         .ok_or_else(|| refused("has an MTU that virtio-net cannot have"))?;
-    Ok(Some(Link { index: header.index, mac, mtu, name, addresses: Vec::new() }))
+    let no_arp = header.flags.contains(LinkFlags::Noarp);
+    Ok(Some(Link { index: header.index, mac, mtu, no_arp, name, addresses: Vec::new() }))
 }
 
-/// An address and the bits of its network; `None` for one that somebody else was found to have.
-fn address(message: &AddressMessage) -> Option<(IpAddr, u8)> {
+/// Linux 6.12 drivers/net/ipvlan/ipvlan_l3s.c: what arrives is handed over behind the link's hook for traffic control.
+fn is_l3s(info: &LinkInfo) -> bool {
+    let LinkInfo::Data(InfoData::IpVlan(data)) = info else { return false };
+    data.contains(&InfoIpVlan::Mode(IpVlanMode::L3S))
+}
+
+/// An address, whose route is still to be looked for; `None` for one that somebody else was found to have.
+fn address(message: &AddressMessage) -> Option<Address> {
     if message.header.flags.contains(AddressHeaderFlags::Dadfailed) {
         return None;
     }
@@ -264,7 +321,7 @@ fn address(message: &AddressMessage) -> Option<(IpAddr, u8)> {
         AddressAttribute::Address(address) => Some(*address),
         _ => None,
     });
-    local.or(any).map(|address| (address, message.header.prefix_len))
+    local.or(any).map(|ip| Address { ip, bits: message.header.prefix_len, has_route: false })
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

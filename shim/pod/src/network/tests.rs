@@ -13,6 +13,7 @@ use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 
+use super::scan::Address;
 use super::*;
 
 const MAC: [u8; 6] = [0x02, 0x6b, 0x76, 0, 0, 7];
@@ -112,13 +113,51 @@ fn links_have_their_addresses_and_their_limits() {
     assert_eq!(names, ["eth0", "net1"], "without loopback");
     let eth0 = &scan.links[0];
     assert_eq!((eth0.mac, eth0.mtu), (MAC, 1400));
-    let addresses = [("10.88.0.2".parse().unwrap(), 16), ("fd00::2".parse().unwrap(), 64)];
+    let address = |ip: &str, bits, has_route| Address { ip: ip.parse().unwrap(), bits, has_route };
+    let addresses = [address("10.88.0.2", 16, true), address("fd00::2", 64, true)];
     assert!(addresses.iter().all(|one| eth0.addresses.contains(one)), "{:?}", eth0.addresses);
     // Our end, not the peer's; the way to the peer is a route that the guest would not make by itself.
-    assert_eq!(scan.links[1].addresses, [("192.0.2.1".parse().unwrap(), 32)]);
+    assert_eq!(scan.links[1].addresses, [address("192.0.2.1", 32, false)]);
     assert_eq!(scan.routes.iter().map(described).collect::<Vec<_>>(), ["net1 192.0.2.9/32 "]);
     let interface = eth0.interface(5);
     assert_eq!((interface.slot, interface.mtu, interface.mac), (5, 1400, MAC.to_vec()));
+}
+
+#[test]
+fn network_that_is_behind_a_gateway_is_not_on_the_link() {
+    let mut bench = Bench::new(&["eth0"]);
+    bench.give_address(0, "10.88.0.2", "10.88.0.2", 16);
+    // As CNI's plugin ptp does.
+    let mut made_by_kernel = bench.route(0, "10.88.0.0", 16, &[]);
+    made_by_kernel.header.protocol = RouteProtocol::Kernel;
+    made_by_kernel.header.scope = RouteScope::Link;
+    bench.netlink.change(RouteNetlinkMessage::DelRoute(made_by_kernel), 0).unwrap();
+    let mut to_gateway = bench.route(0, "10.88.0.1", 32, &[]);
+    to_gateway.header.scope = RouteScope::Link;
+    let over_gateway = bench.route(0, "10.88.0.0", 16, &[gateway("10.88.0.1")]);
+    for route in [to_gateway, over_gateway] {
+        bench.make(RouteNetlinkMessage::NewRoute(route));
+    }
+    let scan = bench.scan().unwrap();
+    let interface = scan.links[0].interface(3);
+    let given = interface.addresses.iter().find(|given| given.address == [10, 88, 0, 2]).unwrap();
+    assert!(given.no_route);
+    assert_eq!(
+        scan.routes.iter().map(described).collect::<Vec<_>>(),
+        ["eth0 10.88.0.1/32 ", "eth0 10.88.0.0/16 10.88.0.1"]
+    );
+}
+
+#[test]
+fn link_on_which_nobody_answers_to_arp_is_told_so() {
+    let mut bench = Bench::new(&["eth0"]);
+    assert!(!bench.scan().unwrap().links[0].interface(3).no_arp);
+    let mut message = LinkMessage::default();
+    message.header.index = bench.taps[0].0;
+    message.header.flags = LinkFlags::Noarp;
+    message.header.change_mask = LinkFlags::Noarp;
+    bench.netlink.change(RouteNetlinkMessage::SetLink(message), 0).unwrap();
+    assert!(bench.scan().unwrap().links[0].interface(3).no_arp);
 }
 
 #[test]

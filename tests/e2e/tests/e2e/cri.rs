@@ -1,8 +1,8 @@
 //! Pods, as a kubelet has containerd's CRI plugin run them with our shim.
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
@@ -12,10 +12,12 @@ use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release};
-use kvrun_e2e::cri::{Cri, HOST, Pod, processes, script};
+use kvrun_e2e::cri::{Cri, HOST, LINKS, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::loop_device::Loop;
+use kvrun_e2e::netns::{self, Wire};
 use kvrun_e2e::{Case, Test, cases, time};
+use serde_json::json;
 
 use crate::engines::is_served;
 
@@ -23,6 +25,7 @@ pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
     processes_are_seen_by_whom_it_is_asked_for,
     pods_reach_each_other_by_every_way,
+    pod_is_on_links_of_every_kind_of_cni,
     volumes_are_seen_as_they_change,
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
@@ -37,6 +40,14 @@ pub(crate) const OLDER_CASES: &[Case] = cases![needs "/opt/containerd-1.7/usr/bi
 /// How long a container has to end when it is asked to.
 const GRACE: Duration = Duration::from_secs(30);
 pub(crate) const SLEEP: &str = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
+
+/// A number that an environment variable has, or else this one.
+pub(crate) fn setting(variable: &str, default: usize) -> Result<usize> {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().with_context(|| format!("{variable}={text} is no number")),
+        Err(_) => Ok(default),
+    }
+}
 
 /// Waits for what a container writes.
 pub(crate) fn until_logged(pod: &Pod<'_>, name: &str, words: &str) -> Result<()> {
@@ -221,6 +232,94 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     server.remove()?;
     client.remove()?;
     cri.end()
+}
+
+/// The environment variable with how many MiB go to a pod and come back.
+const TCP_VARIABLE: &str = "KVRUN_E2E_TCP_MIB";
+
+fn pod_is_on_links_of_every_kind_of_cni(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    // Masters of the plugins, and the host as somebody on the network of each.
+    let wires = [Wire::loose(1)?, Wire::loose(2)?, Wire::loose(3)?];
+    for number in 1..=3 {
+        netns::run(&format!("ip link set peer{number} up"))?;
+    }
+    // In mode l3 it is the host that sends the packets of a pod on, by its own routes, and nobody answers to ARP for the pod; nor does the host to
+    // itself, at the other end of the wire.
+    let (pod_mac, host_mac) = (wires[2].mac(), "02:6b:76:00:09:ff");
+    for command in [
+        format!("ip link set host3 address {host_mac}"),
+        "ip route add 10.9.3.0/24 dev peer3 metric 100".to_owned(),
+        format!("ip neigh add {} lladdr {host_mac} nud permanent dev peer3", wires[2].host_address()),
+        format!("ip neigh add {} lladdr {pod_mac} nud permanent dev host3", wires[2].address()),
+    ] {
+        netns::run(&command)?;
+    }
+    cri.add_network(0, json!({"type": "ptp", "mtu": 1400}), ["10.9.8.0/24", "fd09:8::/64"])?;
+    cri.add_network(1, json!({"type": "macvlan", "master": "peer1"}), ["10.9.1.0/24", "fd09:1::/64"])?;
+    let ipvlan = |master: &str, mode: &str| json!({"type": "ipvlan", "master": master, "mode": mode});
+    cri.add_network(2, ipvlan("peer2", "l2"), ["10.9.2.0/24", "fd09:2::/64"])?;
+    cri.add_network(3, ipvlan("peer3", "l3"), ["10.9.3.0/24", "fd09:3::/64"])?;
+    let mut config = cri.pod_config("links");
+    config.linux.as_mut().context("none")?.resources =
+        Some(api::LinuxContainerResources { cpu_period: 100_000, cpu_quota: 200_000, ..Default::default() });
+    let pod = cri.run_pod_by(LINKS, config)?;
+    let id = pod.start(script("shell", SLEEP))?;
+
+    let links =
+        pod.sh(&id, "cd /sys/class/net; ls -d * eth0/queues/rx-* | tr '\\n' ' '; cat eth0/mtu eth1/mtu")?;
+    ensure!(links == "eth0 eth0/queues/rx-0 eth0/queues/rx-1 eth1 eth2 eth3 lo 1400\n1500\n", "{links}");
+    // The plugin ptp leads everything over the host.
+    let routes = pod.sh(&id, "ip route; ip -6 route")?;
+    for route in [
+        "10.9.8.0/24 via 10.9.8.1 dev eth0",
+        "fd09:8::/64 via fd09:8::1 dev eth0",
+        "default via 10.9.8.1 dev eth0",
+    ] {
+        ensure!(routes.contains(route), "{route}: {routes}");
+    }
+    for route in ["10.9.8.0/24 dev eth0", "fd09:8::/64 dev eth0"] {
+        ensure!(!routes.contains(route), "{route}: {routes}");
+    }
+    let mut hosts = vec!["10.9.8.1".to_owned(), "fd09:8::1".to_owned(), wires[2].host_address()];
+    for wire in &wires[..2] {
+        hosts.extend([wire.host_address(), wire.host_address6()]);
+    }
+    for host in &hosts {
+        let finished = pod.exec(&id, &format!("ping -c 1 -q {host} || {{ ip addr; ip neigh; }}"))?;
+        ensure!(finished.stdout.contains("1 packets received"), "{host}: {finished:?}");
+    }
+    bytes_come_back(&pod, &id)?;
+    pod.remove()?;
+    cri.end()
+}
+
+/// Many bytes go to a container and back, over TCP.
+fn bytes_come_back(pod: &Pod<'_>, id: &str) -> Result<()> {
+    let listener = TcpListener::bind("10.9.8.1:0")?;
+    let port = listener.local_addr()?.port();
+    pod.sh(id, &format!("nc 10.9.8.1 {port} -e cat >/dev/null 2>&1 &"))?;
+    let (mut stream, _) = listener.accept()?;
+    // Of a length that divides no packet or buffer, so that what is out of order is told.
+    let pattern: Vec<u8> =
+        (0..65_521_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let rounds = (setting(TCP_VARIABLE, 32)? << 20).div_ceil(pattern.len());
+    let mut input = stream.try_clone()?;
+    thread::scope(|scope| -> Result<()> {
+        let writer = scope.spawn(|| -> Result<()> {
+            for _ in 0..rounds {
+                input.write_all(&pattern)?;
+            }
+            Ok(input.shutdown(Shutdown::Write)?)
+        });
+        let mut came = vec![0; pattern.len()];
+        for round in 0..rounds {
+            stream.read_exact(&mut came)?;
+            ensure!(came == pattern, "what came back in round {round} is not what was sent");
+        }
+        ensure!(stream.read(&mut came)? == 0, "more came back than was sent");
+        writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?
+    })
 }
 
 /// A name server by whom every name has one IPv4 address.

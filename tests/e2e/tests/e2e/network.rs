@@ -353,6 +353,11 @@ fn what_a_guest_cannot_have_is_refused_by_name(t: &Test) -> Result<()> {
         &["tun0", "not an Ethernet link"],
     )?;
     refused(
+        "l3s",
+        &["ip link add link eth0 name l3s0 type ipvlan mode l3s", "ip link set l3s0 up"],
+        &["l3s0", "ipvlan link in mode l3s"],
+    )?;
+    refused(
         "route",
         &["ip route add 10.77.0.0/16 nexthop via 10.9.1.3 nexthop via 10.9.1.4"],
         &["10.77.0.0/16", "several next hops"],

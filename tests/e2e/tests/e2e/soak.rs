@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use kvrun_e2e::cri::{Cri, Pod, script};
 use kvrun_e2e::{Case, Test, cases};
 
-use crate::cri::{SLEEP, until_logged};
+use crate::cri::{SLEEP, setting, until_logged};
 use crate::pod_faults::nothing_is_left;
 
 pub(crate) const CASES: &[Case] = cases![pods_in_sequence_leave_nothing_and_take_no_memory, pods_at_once];
@@ -21,10 +21,7 @@ const MEASURED: usize = 50;
 const MEMORY: u64 = 64 << 10;
 
 fn count() -> Result<usize> {
-    match std::env::var(COUNT_VARIABLE) {
-        Ok(text) => text.parse().with_context(|| format!("{COUNT_VARIABLE}={text} is no number")),
-        Err(_) => Ok(4),
-    }
+    setting(COUNT_VARIABLE, 4)
 }
 
 fn start<'c>(cri: &'c Cri<'_>, number: usize) -> Result<Pod<'c>> {
