@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release};
+use kvrun_e2e::cri::stream::{STATUS, STDIN, STDOUT};
 use kvrun_e2e::cri::{Cri, HOST, LINKS, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::loop_device::Loop;
@@ -120,6 +121,7 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
         "{finished:?}"
     );
 
+    streams_go_both_ways(&pod, &client)?;
     pod.stop(&server, GRACE)?;
     let ended = pod.status(&server)?;
     ensure!(ended.exit_code == 3 && ended.reason == "Error", "{ended:?}");
@@ -131,10 +133,13 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
     ensure!(pod.wait(&again)?.exit_code == 7);
     ensure!(pod.log("server")?.ends_with("made\n"), "{}", pod.log("server")?);
     // One that does not end when it is asked is killed; one whose program is not there is told so.
-    let stubborn = pod.start(script("stubborn", "trap '' TERM; echo up; while :; do sleep 1; done"))?;
+    let stubborn =
+        pod.start(script("stubborn", "trap 'echo asked' TERM; echo up; while :; do sleep 1; done"))?;
     until_logged(&pod, "stubborn", "up")?;
-    pod.stop(&stubborn, Duration::from_secs(1))?;
+    // As long as it takes here to go round the loop.
+    pod.stop(&stubborn, Duration::from_secs(4))?;
     ensure!(pod.status(&stubborn)?.exit_code == 137, "{:?}", pod.status(&stubborn)?);
+    ensure!(pod.log("stubborn")? == "up\nasked\n", "asked once: {}", pod.log("stubborn")?);
     let mut missing = script("missing", "");
     missing.command = vec!["/no/such/program".to_owned()];
     let error = pod.start(missing).err().context("it cannot run")?;
@@ -154,6 +159,36 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
     drop(stdin);
     ensure!(started.wait()?.exited(7).stdout("from outside\n").stderr == "problem\n");
     cri.end()
+}
+
+/// Files are copied as `kubectl cp` does it, and a container is attached to.
+fn streams_go_both_ways(pod: &Pod<'_>, client: &str) -> Result<()> {
+    let sum = pod.sh(
+        client,
+        "mkdir /out /in; dd if=/dev/urandom of=/out/file bs=64k count=16 2>/dev/null; md5sum < /out/file",
+    )?;
+    let archive = pod.exec_stream(client, &["tar", "cf", "-", "-C", "/out", "file"])?.rest(STDOUT)?;
+    let mut copied = pod.exec_stream(client, &["tar", "xf", "-", "-C", "/in"])?;
+    copied.send(STDIN, &archive)?;
+    let status = String::from_utf8(copied.rest(STATUS)?)?;
+    ensure!(status.contains("Success"), "{status}");
+    ensure!(pod.sh(client, "md5sum < /in/file")? == sum, "{sum}");
+
+    let mut config = script("attached", "for i in 1 2; do read line; echo got $line; done; exit 6");
+    config.stdin = true;
+    let attached = pod.start(config)?;
+    // Detached by its end of the stream, a container goes on, and can be attached to again.
+    let mut stream = pod.attach(&attached)?;
+    stream.send(STDIN, b"one\n")?;
+    ensure!(stream.receive()? == Some((STDOUT, b"got one\n".to_vec())));
+    drop(stream);
+    let mut stream = pod.attach(&attached)?;
+    stream.send(STDIN, b"two\n")?;
+    let text = stream.rest(STDOUT)?;
+    ensure!(text == b"got two\n", "{:?}", String::from_utf8_lossy(&text));
+    ensure!(pod.wait(&attached)?.exit_code == 6);
+    ensure!(pod.log("attached")? == "got one\ngot two\n", "{}", pod.log("attached")?);
+    Ok(())
 }
 
 fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {

@@ -1,5 +1,7 @@
 //! The Container Runtime Interface, as a kubelet speaks it to containerd: pods whose containers our shim runs, on a network that CNI makes.
 
+pub mod stream;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
