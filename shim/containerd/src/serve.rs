@@ -8,12 +8,13 @@ use std::sync::Mutex;
 
 use containerd_shim::Flags;
 use containerd_shim::protos::shim_async::create_task;
+use kvrun_pod::log::{self, Format};
 use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::share::{self, MountNamespace};
 use rustix::fs::OFlags;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
-use tracing_subscriber::filter::LevelFilter;
+use tracing::level_filters::LevelFilter;
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
@@ -84,13 +85,14 @@ async fn serve_until_left(
     server.shutdown().await.map_err(host("stop serving containerd"))
 }
 
-/// Sends traces to the FIFO that containerd reads and puts into its own log.
+/// Sends traces to the FIFO that containerd reads and puts into its own log, with the pod in each line.
 fn open_log(flags: &Flags) -> Result<(), Error> {
     let level = if flags.debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
     // Also for reading, so that a containerd that is being restarted is nothing to fail of; if the FIFO is full, lines are lost.
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     let file = options.open("log").map_err(host("open the log that containerd reads"))?;
-    tracing_subscriber::fmt().with_ansi(false).with_max_level(level).with_writer(Mutex::new(file)).init();
+    let fields = [("namespace", flags.namespace.as_str()), ("pod", flags.id.as_str())];
+    log::install(Format::Text, &fields, level, Mutex::new(file));
     Ok(())
 }

@@ -92,6 +92,7 @@ impl TaskApi for Service {
             tracing::error!(container = request.id, error = %kvrun_pod::text::chain(error), "create");
         })?;
         let pid = container.task.pid();
+        tracing::info!(container = request.id, "created");
         self.pod.events().publish(TaskCreate {
             container_id: request.id,
             bundle: request.bundle,
@@ -114,6 +115,7 @@ impl TaskApi for Service {
         let task = self.pod.start(&container, &request.exec_id).await.inspect_err(|error| {
             tracing::error!(container = request.id, error = %kvrun_pod::text::chain(error), "start");
         })?;
+        tracing::info!(container = request.id, exec = request.exec_id, "started");
         Ok(StartResponse { pid: task.pid(), ..Default::default() })
     }
 
@@ -121,6 +123,7 @@ impl TaskApi for Service {
         let container = self.pod.get(&request.id)?;
         let (task, ended) = if request.exec_id.is_empty() {
             let ended = self.pod.delete(&container).await?;
+            tracing::info!(container = request.id, "deleted");
             self.pod.events().publish(TaskDelete {
                 container_id: request.id,
                 pid: container.task.pid(),

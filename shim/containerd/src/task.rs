@@ -153,6 +153,7 @@ impl Task {
             tracing::error!(container = self.container, exec = self.exec_id, %death, "the virtual machine died");
         }
         let ended = Ended { status: exit.state.code().into(), at: now() };
+        tracing::info!(container = self.container, exec = self.exec_id, status = ended.status, "ended");
         // Nobody writes to it any more.
         lock(&self.streams).input = None;
         events.publish(TaskExit {

@@ -8,6 +8,7 @@ use kvrun_pod::bundle::{Bundle, Files, HostNetwork};
 use kvrun_pod::cgroup::HostCgroup;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::log;
 use kvrun_pod::network::{self, Network, NetworkNamespace};
 use kvrun_pod::pod::{self, Pod, Starting};
 use kvrun_pod::process::Process;
@@ -19,7 +20,6 @@ use kvrun_pod::stdio::{Streams, Wanted};
 
 use crate::cli::Global;
 use crate::error::{Error, host};
-use crate::log;
 use crate::monitor::{Container, Monitor, describe, run_creation_hooks};
 
 /// The machine's links, while it has some. Also of a machine on no network of the host.

@@ -3,23 +3,17 @@
 //! A caller such as conmon or containerd's runc shim gives `--log FILE --log-format json` and reads the last line
 //! of the file when we fail: an object with `level`, `msg` and `time`.
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
+use kvrun_pod::log::{self, Format, line};
 use kvrun_pod::text;
-use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
+use tracing::level_filters::LevelFilter;
 
-use crate::cli::LogFormat;
 use crate::error::LastWords;
 
 /// The log file cannot be used.
@@ -33,7 +27,7 @@ pub(crate) struct LogError {
 /// Where errors go.
 #[derive(Debug)]
 pub(crate) struct Log {
-    file: Option<(File, LogFormat)>,
+    file: Option<(File, Format)>,
 }
 
 impl Log {
@@ -44,19 +38,17 @@ impl Log {
 
     /// Opens the log file, if there is one, and sends traces to it: warnings, or everything with `debug`. Without a file only
     /// `debug` traces, to standard error.
-    pub(crate) fn open(path: Option<&Path>, format: LogFormat, debug: bool) -> Result<Self, LogError> {
+    pub(crate) fn open(path: Option<&Path>, format: Format, debug: bool) -> Result<Self, LogError> {
         let level = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
-        let traces =
-            tracing_subscriber::fmt().with_ansi(false).with_max_level(level).event_format(Lines(format));
         let Some(path) = path else {
             if debug {
-                traces.with_writer(io::stderr).init();
+                log::install(format, &[], level, io::stderr);
             }
             return Ok(Self::none());
         };
         let error = |source| LogError { path: path.to_owned(), source };
         let file = OpenOptions::new().append(true).create(true).mode(0o644).open(path).map_err(error)?;
-        traces.with_writer(std::sync::Mutex::new(file.try_clone().map_err(error)?)).init();
+        log::install(format, &[], level, Mutex::new(file.try_clone().map_err(error)?));
         Ok(Self { file: Some((file, format)) })
     }
 
@@ -100,83 +92,5 @@ impl Log {
                 }
             }
         }
-    }
-}
-
-/// The time, as in RFC 3339.
-pub(crate) fn now() -> String {
-    let mut time = String::new();
-    // Writing to a string does not fail.
-    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
-    time
-}
-
-fn line(format: LogFormat, level: &str, message: &str) -> String {
-    let time = now();
-    match format {
-        LogFormat::Json => serde_json::json!({ "level": level, "msg": message, "time": time }).to_string(),
-        LogFormat::Text => format!("time={time:?} level={level} msg={message:?}"),
-    }
-}
-
-/// Formats a trace like an error.
-struct Lines(LogFormat);
-
-impl<S, N> FormatEvent<S, N> for Lines
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
-    fn format_event(
-        &self,
-        _: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
-        let mut message = Message(String::new());
-        event.record(&mut message);
-        let level = match *event.metadata().level() {
-            tracing::Level::ERROR => "error",
-            tracing::Level::WARN => "warning",
-            tracing::Level::INFO => "info",
-            tracing::Level::DEBUG => "debug",
-            tracing::Level::TRACE => "trace",
-        };
-        writeln!(writer, "{}", line(self.0, level, &text::one_line(&message.0, usize::MAX)))
-    }
-}
-
-/// The message of a trace, then its fields as `name=value`.
-struct Message(String);
-
-impl Visit for Message {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            self.0.insert_str(0, &format!("{value:?}"));
-        } else {
-            self.0.push_str(&format!(" {}={value:?}", field.name()));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn json_line_has_what_callers_read() {
-        let value: serde_json::Value =
-            serde_json::from_str(&line(LogFormat::Json, "error", "a \"b\"")).unwrap();
-        assert_eq!(value["level"], "error");
-        assert_eq!(value["msg"], "a \"b\"");
-        let time = value["time"].as_str().unwrap();
-        assert!(time.contains('T') && time.ends_with('Z'), "{time}");
-    }
-
-    #[test]
-    fn text_line_is_one_line() {
-        let line = line(LogFormat::Text, "error", "a\nb");
-        assert!(line.contains("level=error msg=\"a\\nb\""), "{line}");
-        assert!(!line.contains('\n'));
     }
 }

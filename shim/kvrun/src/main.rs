@@ -43,7 +43,8 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let log = match log::Log::open(cli.global.log.as_deref(), cli.global.log_format, cli.global.debug) {
+    let log = match log::Log::open(cli.global.log.as_deref(), cli.global.log_format.into(), cli.global.debug)
+    {
         Ok(log) => log,
         Err(error) => return log::Log::none().fail(&error.to_string(), FAILED),
     };

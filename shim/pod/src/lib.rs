@@ -32,6 +32,7 @@ pub mod disks;
 pub mod growth;
 pub mod hooks;
 pub mod host_process;
+pub mod log;
 pub mod network;
 pub mod pod;
 pub mod process;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvrun_pod::assets::Explicit;
 use kvrun_pod::cgroup::Driver;
+use kvrun_pod::log::Format;
 use kvrun_pod::state_dir::DEFAULT_ROOT;
 
 use process::{CreateArgs, ExecArgs, RunArgs};
@@ -87,6 +88,15 @@ pub(crate) enum LogFormat {
     Text,
     /// One object per line with level, msg and time
     Json,
+}
+
+impl From<LogFormat> for Format {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
+    }
 }
 
 /// The cgroup driver, by crun's names.
