@@ -4,9 +4,11 @@ use std::error::Error as StdError;
 use std::time::Duration;
 
 use kvrun_pod::agent::AgentError;
+use kvrun_pod::annotations::AnnotationError;
 use kvrun_pod::assets::AssetError;
 use kvrun_pod::bundle::BundleError;
 use kvrun_pod::cgroup::CgroupError;
+use kvrun_pod::config::ConfigError;
 use kvrun_pod::container::CreateError;
 use kvrun_pod::container_id::InvalidContainerId;
 use kvrun_pod::disks::DiskError;
@@ -80,6 +82,12 @@ pub(crate) enum Error {
     /// The resources are beyond a machine.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// There is no configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An annotation of ours is refused.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
     /// A file of ours is missing.
     #[error(transparent)]
     Asset(#[from] AssetError),
@@ -135,9 +143,9 @@ impl Error {
     /// The code by which containerd and its clients decide what to do (containerd's `errdefs`).
     fn code(&self) -> Code {
         match self {
-            Self::Usage(_) | Self::Invalid(_) | Self::Bundle(_) | Self::Id(_) | Self::Size(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Usage(_) | Self::Invalid(_) | Self::Bundle(_) | Self::Id(_) => Code::INVALID_ARGUMENT,
+            Self::Size(_) | Self::Annotation(_) => Code::INVALID_ARGUMENT,
+            Self::Config(_) => Code::FAILED_PRECONDITION,
             // containerd takes "not found" for the answer to a signal for a process that has ended.
             Self::NotFound { .. } | Self::Finished { .. } => Code::NOT_FOUND,
             Self::Exists { .. } | Self::State(StateError::InUse { .. }) => Code::ALREADY_EXISTS,

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use kvrun_pod::assets::{Assets, Explicit};
+use kvrun_pod::assets::{Assets, Named};
 use kvrun_pod::bundle::{Bundle, Files, HostNetwork, Spec};
 use kvrun_pod::cgroup::{self, HostCgroup};
+use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::network::{Network, NetworkNamespace};
@@ -15,6 +16,7 @@ use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
 
 use crate::error::{Error, host};
+use crate::serve::Log;
 use crate::task::Task;
 
 /// What a machine is made with.
@@ -24,12 +26,15 @@ pub(crate) struct Host {
     pub(crate) mounts: MountNamespace,
     /// The network namespace of this process.
     pub(crate) home: NetworkNamespace,
+    pub(crate) log: Log,
 }
 
 /// What the containers of a pod have in common. In the order in which it is undone.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) vm: Vm,
+    /// That of the pod's first container.
+    pub(crate) config: Config,
     /// Its links, if it is in a network namespace.
     network: tokio::sync::Mutex<Option<Network>>,
     pub(crate) share: Share,
@@ -41,15 +46,16 @@ impl Machine {
     /// Brings the machine up, with the files of its first container.
     pub(crate) async fn boot(
         host_side: &Host,
+        config: Config,
         id: &ContainerId,
         bundle: &Bundle,
         files: Files,
         task: &Task,
     ) -> Result<(Self, Spec, Place), Error> {
-        let size = VmSize::for_spec(bundle.spec())?;
+        let size = VmSize::for_spec(bundle.spec(), &config.sizes)?;
         let namespace = network_namespace(host_side, bundle, task)?;
         let mut network = namespace.map(|namespace| Network::new(namespace, size.vcpus.boot));
-        let assets = Assets::open(&Explicit::default())?;
+        let assets = Assets::open(&Named { configured: config.assets.clone(), ..Named::default() })?;
         std::fs::create_dir_all(&host_side.state_root).map_err(host("make the state directory"))?;
         let dir = ContainerDir::claim(&host_side.state_root, id)?;
         let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
@@ -76,7 +82,7 @@ impl Machine {
             network.update(&vm).await?;
         }
         let network = tokio::sync::Mutex::new(network);
-        Ok((Self { vm, network, share, _cgroup: cgroup, _dir: dir }, spec, place))
+        Ok((Self { vm, config, network, share, _cgroup: cgroup, _dir: dir }, spec, place))
     }
 
     /// All containers of a machine are on its network, or on none.

@@ -6,7 +6,7 @@
 //! * `start`, in the bundle of a new container: [`launch`] finds the shim of its pod or starts one, and prints its address.
 //! * without an action: [`serve`] is that shim. One process serves all containers of a pod: [`service`] is the Task API over
 //!   [`pod`], which has the [`machine`], its [`container`]s and their [`task`]s, the processes in it. [`stdio`] opens what they read and write, [`events`] tells
-//!   containerd what happens, [`metrics`] says what they use.
+//!   containerd what happens, [`metrics`] says what they use, [`options`] which configuration counts.
 //! * `delete`, when the shim is gone: [`cleanup`] removes what it has left.
 
 mod cleanup;
@@ -16,6 +16,7 @@ mod events;
 mod launch;
 mod machine;
 mod metrics;
+mod options;
 mod pod;
 mod rootfs;
 mod serve;

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use containerd_shim::protos::api::Status as State;
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskOOM, TaskStart};
 use containerd_shim::protos::types::mount::Mount;
+use kvrun_pod::annotations;
 use kvrun_pod::bundle::{self, Bundle, HostNetwork, Spec};
+use kvrun_pod::config::{Config, Source};
 use kvrun_pod::container::Exit;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
@@ -57,6 +59,8 @@ pub(crate) struct Plan {
     pub(crate) bundle: String,
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) names: Names,
+    /// Where the configuration is.
+    pub(crate) config: Source,
 }
 
 impl Pod {
@@ -113,6 +117,7 @@ impl Pod {
         let is_first = machine.is_none();
         let (used, spec, mut place) = match &*machine {
             Some(machine) => {
+                annotations::check(&bundle.annotations(), &machine.config.allowed_annotations)?;
                 machine.check_network(&bundle, &task).await?;
                 let (mut spec, place) = machine.share.add(&bundle, Trees::of(&bundle, &files)?)?;
                 if matches!(bundle.network(), HostNetwork::New) {
@@ -121,7 +126,12 @@ impl Pod {
                 (Arc::clone(machine), spec, place)
             }
             None => {
-                let (booted, spec, place) = Machine::boot(&self.host, &id, &bundle, files, &task).await?;
+                // It is that of the whole pod.
+                let config = Config::load(&plan.config)?;
+                annotations::check(&bundle.annotations(), &config.allowed_annotations)?;
+                self.host.log.obey(&config);
+                let (booted, spec, place) =
+                    Machine::boot(&self.host, config, &id, &bundle, files, &task).await?;
                 (Arc::clone(machine.insert(Arc::new(booted))), spec, place)
             }
         };

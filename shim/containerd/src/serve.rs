@@ -8,7 +8,8 @@ use std::sync::Mutex;
 
 use containerd_shim::Flags;
 use containerd_shim::protos::shim_async::create_task;
-use kvrun_pod::log::{self, Format};
+use kvrun_pod::config::Config;
+use kvrun_pod::log::{self, Format, Level};
 use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::share::{self, MountNamespace};
 use rustix::fs::OFlags;
@@ -35,7 +36,7 @@ const EVENTS_VARIABLE: &str = "TTRPC_ADDRESS";
 pub(crate) fn serve(flags: &Flags) -> Result<(), Error> {
     let socket = launch::inherited_socket()?;
     let address = containerd_shim::socket_address(&flags.address, &flags.namespace, &launch::group(flags)?);
-    open_log(flags)?;
+    let log = Log::open(flags)?;
     // The bundle goes away with its container, which others may outlive.
     std::env::set_current_dir("/").map_err(host("leave the bundle"))?;
     let events =
@@ -43,7 +44,7 @@ pub(crate) fn serve(flags: &Flags) -> Result<(), Error> {
     let mounts = share::enter_mount_namespace()?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;
-    let served = runtime.block_on(serve_until_left(flags, socket, events, mounts));
+    let served = runtime.block_on(serve_until_left(flags, socket, events, mounts, log));
     if let Err(error) = &served {
         tracing::error!(error = %kvrun_pod::text::chain(error), "serve the pod");
     }
@@ -56,10 +57,11 @@ async fn serve_until_left(
     socket: UnixListener,
     events: String,
     mounts: MountNamespace,
+    log: Log,
 ) -> Result<(), Error> {
     let events = Events::new(events, &flags.namespace);
     let home = NetworkNamespace::current().map_err(host("find our network namespace"))?;
-    let host_side = Host { state_root: crate::state_root(flags)?, mounts, home };
+    let host_side = Host { state_root: crate::state_root(flags)?, mounts, home, log };
     let pod = Pod::new(&flags.namespace, host_side, events.clone());
     let leave = Arc::new(Notify::new());
     let service = Arc::new(Service::new(Arc::clone(&pod), Arc::clone(&leave)));
@@ -85,14 +87,30 @@ async fn serve_until_left(
     server.shutdown().await.map_err(host("stop serving containerd"))
 }
 
-/// Sends traces to the FIFO that containerd reads and puts into its own log, with the pod in each line.
-fn open_log(flags: &Flags) -> Result<(), Error> {
-    let level = if flags.debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    // Also for reading, so that a containerd that is being restarted is nothing to fail of; if the FIFO is full, lines are lost.
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-    let file = options.open("log").map_err(host("open the log that containerd reads"))?;
-    let fields = [("namespace", flags.namespace.as_str()), ("pod", flags.id.as_str())];
-    log::install(Format::Text, &fields, level, Mutex::new(file));
-    Ok(())
+/// The log, as containerd reads it.
+#[derive(Debug)]
+pub(crate) struct Log {
+    level: Level,
+    /// containerd wants everything.
+    debug: bool,
+}
+
+impl Log {
+    /// Sends traces to the FIFO that containerd reads and puts into its own log, with the pod in each line.
+    fn open(flags: &Flags) -> Result<Self, Error> {
+        let level = if flags.debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+        // Also for reading, so that a containerd that is being restarted is nothing to fail of; if the FIFO is full, lines are lost.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        let file = options.open("log").map_err(host("open the log that containerd reads"))?;
+        let fields = [("namespace", flags.namespace.as_str()), ("pod", flags.id.as_str())];
+        Ok(Self { level: log::install(Format::Text, &fields, level, Mutex::new(file)), debug: flags.debug })
+    }
+
+    /// Does as the configuration says.
+    pub(crate) fn obey(&self, config: &Config) {
+        if !self.debug {
+            self.level.set(config.log_level);
+        }
+    }
 }

@@ -20,9 +20,9 @@ use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Error, host};
-use crate::metrics;
 use crate::pod::{Plan, Pod};
 use crate::stdio::Names;
+use crate::{metrics, options};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -71,11 +71,7 @@ impl TaskApi for Service {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unimplemented("a machine cannot be restored from a checkpoint").into());
         }
-        if !request.options.value.is_empty() {
-            let kind = kvrun_pod::text::one_line(&request.options.type_url, 128);
-            let what = format!("this runtime has no options: remove those of type {kind}");
-            return Err(Error::Invalid(what).into());
-        }
+        let config = options::source(request.options.get_or_default())?;
         let names = Names {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -87,6 +83,7 @@ impl TaskApi for Service {
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
             names: names.clone(),
+            config,
         };
         let container = self.pod.create(plan).await.inspect_err(|error| {
             tracing::error!(container = request.id, error = %kvrun_pod::text::chain(error), "create");

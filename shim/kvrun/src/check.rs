@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context;
-use kvrun_pod::assets::Kind;
+use kvrun_pod::assets::{Kind, Named};
 use kvrun_pod::{cgroup, text};
 use serde::Deserialize;
 use tokio::io::AsyncReadExt;
@@ -45,8 +45,9 @@ impl Finding {
 
 /// Prints the table; whether all is well.
 pub(crate) fn check(global: &Global) -> anyhow::Result<bool> {
-    let mut findings = host_findings(global);
-    match global.explicit().open(Kind::Vmm) {
+    let named = global.assets(&global.load_config()?);
+    let mut findings = host_findings(&named);
+    match named.open(Kind::Vmm) {
         Ok(vmm) => match vmm_findings(&vmm.path) {
             Ok(found) => findings.extend(found),
             Err(error) => findings.push(Finding::new("KVM", Err(format!("{error:#}")))),
@@ -58,13 +59,12 @@ pub(crate) fn check(global: &Global) -> anyhow::Result<bool> {
     Ok(findings.iter().all(|finding| finding.ok))
 }
 
-fn host_findings(global: &Global) -> Vec<Finding> {
-    let explicit = global.explicit();
+fn host_findings(named: &Named) -> Vec<Finding> {
     let mut findings: Vec<Finding> = [Kind::Kernel, Kind::Initramfs, Kind::Vmm]
         .into_iter()
         .map(|kind| {
             let found =
-                explicit.open(kind).map(|asset| format!("{} ({} bytes)", asset.path.display(), asset.size));
+                named.open(kind).map(|asset| format!("{} ({} bytes)", asset.path.display(), asset.size));
             Finding::new(kind.to_string(), found.map_err(|e| text::chain(&e)))
         })
         .collect();

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use kvrun_pod::bundle::{Bundle, Files};
+use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::network::NetworkNamespace;
 use kvrun_pod::record::Status;
@@ -45,7 +46,11 @@ pub(crate) fn create(global: &Global, args: &CreateArgs, log: &Log) -> Result<()
         let console = Console::new(bundle.has_terminal(), args.console_socket.as_deref())?;
         let own = Creation { global, args, id: &id, console, parent };
         match sandbox(&global.root, &bundle, &id)? {
-            None => own.monitor(&namespace, bundle, files, log),
+            None => {
+                let config = global.load_config()?;
+                log.obey(&config);
+                own.monitor(config, &namespace, bundle, files, log)
+            }
             Some(sandbox) => own.join(&bundle, files, &sandbox),
         }
     })
@@ -154,13 +159,14 @@ impl Creation<'_> {
     /// In a machine of its own.
     fn monitor(
         &self,
+        config: Config,
         namespace: &MountNamespace,
         bundle: Bundle,
         files: Files,
         log: &Log,
     ) -> Result<End, Error> {
         let signals = signals::block().map_err(host("block signals"))?;
-        let mut prepared = Prepared::new(self.global, namespace, self.id, &bundle, false)?;
+        let mut prepared = Prepared::new(self.global, config, namespace, self.id, &bundle, false)?;
         let view = View::of(&bundle, &files)?;
         beside(&self.global.root, self.id, view, move |showing| {
             runtime()?.block_on(async {

@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use kvrun_pod::annotations;
 use kvrun_pod::assets::Assets;
 use kvrun_pod::bundle::{Bundle, Files, HostNetwork};
 use kvrun_pod::cgroup::HostCgroup;
+use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::log;
@@ -60,6 +62,7 @@ pub(crate) struct Prepared {
     share: Arc<Share>,
     _cgroup: Option<HostCgroup>,
     dir: ContainerDir,
+    config: Config,
     assets: Assets,
     size: VmSize,
     record: Record,
@@ -71,13 +74,15 @@ impl Prepared {
     /// `transient` belongs to this process.
     pub(crate) fn new(
         global: &Global,
+        config: Config,
         namespace: &MountNamespace,
         id: &ContainerId,
         bundle: &Bundle,
         transient: bool,
     ) -> Result<Self, Error> {
-        let size = VmSize::for_spec(bundle.spec())?;
-        let assets = Assets::open(&global.explicit())?;
+        annotations::check(&bundle.annotations(), &config.allowed_annotations)?;
+        let size = VmSize::for_spec(bundle.spec(), &config.sizes)?;
+        let assets = Assets::open(&global.assets(&config))?;
         let (dir, record) = claim(&global.root, id, |record| {
             record.transient = transient;
             if let HostNetwork::Named { path, .. } = bundle.network() {
@@ -96,7 +101,12 @@ impl Prepared {
         let cgroup = join_cgroup(global, bundle, &dir)?;
         let share = Arc::new(Share::mount(namespace, &dir.make_share_directory()?)?);
         let links = Arc::new(tokio::sync::Mutex::new(links));
-        Ok(Self { links, share, _cgroup: cgroup, dir, assets, size, record, home })
+        Ok(Self { links, share, _cgroup: cgroup, dir, config, assets, size, record, home })
+    }
+
+    /// What the machine is configured with.
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
     }
 
     /// The network namespace this process was in before.
@@ -149,7 +159,7 @@ impl Prepared {
         let dir = self.dir.reopen()?;
         let container = Container::new(process, bundle, dir, self.record.clone(), None)?;
         let (share, links) = (Arc::clone(&self.share), Arc::clone(&self.links));
-        let monitor = Monitor::new(pod.clone(), share, links, self.home(), &container)?;
+        let monitor = Monitor::new(pod.clone(), self, share, links, &container)?;
         monitor.serve(self.dir.as_fd())?;
         Ok((monitor, container))
     }

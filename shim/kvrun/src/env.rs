@@ -12,12 +12,12 @@ use crate::cli::Global;
 
 /// Prints the table; whether every file is there.
 pub(crate) fn env(global: &Global) -> anyhow::Result<bool> {
-    let explicit = global.explicit();
+    let named = global.assets(&global.load_config()?);
     let mut rows = vec![("kvrun".to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
     let mut complete = true;
     let mut files = Vec::new();
     for kind in [Kind::Kernel, Kind::Initramfs, Kind::Vmm] {
-        let found = explicit.open(kind);
+        let found = named.open(kind);
         complete &= found.is_ok();
         if kind == Kind::Vmm
             && let Ok(asset) = &found

@@ -3,9 +3,11 @@
 use std::io;
 use std::path::PathBuf;
 
+use kvrun_pod::annotations::AnnotationError;
 use kvrun_pod::assets::AssetError;
 use kvrun_pod::bundle::BundleError;
 use kvrun_pod::cgroup::CgroupError;
+use kvrun_pod::config::ConfigError;
 use kvrun_pod::container::{CreateError, ProgramFault};
 use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
 use kvrun_pod::growth::GrowthError;
@@ -33,6 +35,10 @@ pub(crate) enum Error {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Size(#[from] SizeError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
     #[error(transparent)]
     Assets(#[from] AssetError),
     #[error(transparent)]

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 
-use kvrun_pod::log::{self, Format, line};
+use kvrun_pod::config::Config;
+use kvrun_pod::log::{self, Format, Level, line};
 use kvrun_pod::text;
 use tracing::level_filters::LevelFilter;
 
@@ -28,16 +29,18 @@ pub(crate) struct LogError {
 #[derive(Debug)]
 pub(crate) struct Log {
     file: Option<(File, Format)>,
+    /// Of the traces that go to the file, unless all do.
+    level: Option<Level>,
 }
 
 impl Log {
     /// Standard error only.
     pub(crate) fn none() -> Self {
-        Self { file: None }
+        Self { file: None, level: None }
     }
 
-    /// Opens the log file, if there is one, and sends traces to it: warnings, or everything with `debug`. Without a file only
-    /// `debug` traces, to standard error.
+    /// Opens the log file, if there is one, and sends traces to it: warnings, until the configuration says what, or everything with `debug`. Without a file
+    /// only `debug` traces, to standard error.
     pub(crate) fn open(path: Option<&Path>, format: Format, debug: bool) -> Result<Self, LogError> {
         let level = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
         let Some(path) = path else {
@@ -48,8 +51,15 @@ impl Log {
         };
         let error = |source| LogError { path: path.to_owned(), source };
         let file = OpenOptions::new().append(true).create(true).mode(0o644).open(path).map_err(error)?;
-        log::install(format, &[], level, Mutex::new(file.try_clone().map_err(error)?));
-        Ok(Self { file: Some((file, format)) })
+        let level = log::install(format, &[], level, Mutex::new(file.try_clone().map_err(error)?));
+        Ok(Self { file: Some((file, format)), level: Some(level).filter(|_| !debug) })
+    }
+
+    /// Does as the configuration says.
+    pub(crate) fn obey(&self, config: &Config) {
+        if let Some(level) = &self.level {
+            level.set(config.log_level);
+        }
     }
 
     /// Reports a failure: one line.

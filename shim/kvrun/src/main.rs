@@ -35,7 +35,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
-use commands::{delete, events, features, kill, list, ps, spec, start, state, update};
+use commands::{config, delete, events, features, kill, list, ps, spec, start, state, update};
 use error::{Error, FAILED};
 
 fn main() -> ExitCode {
@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             return finish(&log, check::check(global), "kvrun check: this host cannot run virtual machines");
         }
         Command::Env => return finish(&log, env::env(global), "kvrun env: files are missing"),
+        Command::Config(args) => config::config(global, &args.what, &log),
         Command::Run(args) if args.detach => create::run_detached(global, &args.create, &log).map(|()| 0),
         Command::Run(args) => run::run(global, &args.create, args.keep, &log),
         Command::Create(args) => create::create(global, args, &log).map(|()| 0),
@@ -85,7 +86,8 @@ fn simple(global: &cli::Global, command: &Command, log: &log::Log) -> Result<(),
         Command::Events(args) => events::events(global, args),
         Command::Spec(args) => spec::spec(args),
         Command::Features => features::features(),
-        Command::Run(_) | Command::Create(_) | Command::Exec(_) | Command::Check | Command::Env => Ok(()),
+        Command::Run(_) | Command::Create(_) | Command::Exec(_) => Ok(()),
+        Command::Check | Command::Env | Command::Config(_) => Ok(()),
     }
 }
 

@@ -25,6 +25,8 @@ use crate::terminal::Terminal;
 /// Runs a container; its exit code. With `keep` it is there, stopped, until it is deleted.
 pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> Result<u8, Error> {
     let id: ContainerId = args.id.parse()?;
+    let config = global.load_config()?;
+    log.obey(&config);
     check_options(global, args)?;
     if args.console_socket.is_some() {
         return Err(Error::Option(
@@ -40,7 +42,7 @@ pub(crate) fn run(global: &Global, args: &CreateArgs, keep: bool, log: &Log) -> 
     }
 
     let signals = signals::block().map_err(host("block signals"))?;
-    let mut prepared = Prepared::new(global, &namespace, &id, &bundle, !keep)?;
+    let mut prepared = Prepared::new(global, config, &namespace, &id, &bundle, !keep)?;
     let (record, home) = (prepared.record().clone(), prepared.home());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host("start"))?;

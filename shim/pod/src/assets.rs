@@ -1,6 +1,7 @@
 //! What a virtual machine is made of: the guest kernel, the initramfs with the agent, and the VMM.
 //!
-//! Each is found, in this order, by an explicit path, by an environment variable, or beside the program that runs:
+//! Each is found, in this order, by an explicit path, by an environment variable, by the configuration ([`crate::config`]), or beside the
+//! program that runs:
 //! `PREFIX/bin/kvrun` uses `PREFIX/share/kvrun/vmlinux`, `PREFIX/share/kvrun/initramfs.cpio` and
 //! `PREFIX/libexec/kvrun/kvrun-vmm`. The first that is given is the one; there is no falling back from a bad one.
 
@@ -41,6 +42,15 @@ impl Kind {
         }
     }
 
+    /// The setting of the configuration that names it.
+    pub fn setting(self) -> &'static str {
+        match self {
+            Self::Kernel => "assets.kernel",
+            Self::Initramfs => "assets.initramfs",
+            Self::Vmm => "assets.vmm",
+        }
+    }
+
     fn installed(self) -> &'static str {
         match self {
             Self::Kernel => "share/kvrun/vmlinux",
@@ -64,7 +74,7 @@ impl fmt::Display for Kind {
 #[derive(Debug, thiserror::Error)]
 pub enum AssetError {
     /// It cannot be opened.
-    #[error("{kind} {} cannot be opened; install it there, or name another with {} or {}", path.display(), kind.option(), kind.variable())]
+    #[error("{kind} {} cannot be opened; install it there, or name another with {}, {} or the setting {}", path.display(), kind.option(), kind.variable(), kind.setting())]
     Open {
         /// Which.
         kind: Kind,
@@ -75,7 +85,7 @@ pub enum AssetError {
         source: io::Error,
     },
     /// It is a directory, a device, empty or not executable.
-    #[error("{kind} {} {problem}; name another with {} or {}", path.display(), kind.option(), kind.variable())]
+    #[error("{kind} {} {problem}; name another with {}, {} or the setting {}", path.display(), kind.option(), kind.variable(), kind.setting())]
     Unusable {
         /// Which.
         kind: Kind,
@@ -85,7 +95,7 @@ pub enum AssetError {
         problem: &'static str,
     },
     /// Neither named nor to be guessed.
-    #[error("the path of this program is unknown, so the {kind} cannot be found beside it; name it with {} or {}", kind.option(), kind.variable())]
+    #[error("the path of this program is unknown, so the {kind} cannot be found beside it; name it with {}, {} or the setting {}", kind.option(), kind.variable(), kind.setting())]
     NoExecutable {
         /// Which.
         kind: Kind,
@@ -95,9 +105,22 @@ pub enum AssetError {
     },
 }
 
-/// Paths a caller gave explicitly.
-#[derive(Clone, Debug, Default)]
-pub struct Explicit {
+/// Where the path of a file comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The caller gave it.
+    Given,
+    /// The environment variable.
+    Variable,
+    /// The configuration.
+    Configuration,
+    /// It is where the file is installed, beside the program that runs.
+    Installed,
+}
+
+/// Paths of some of the files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Paths {
     /// The guest kernel.
     pub kernel: Option<PathBuf>,
     /// The initramfs.
@@ -106,18 +129,32 @@ pub struct Explicit {
     pub vmm: Option<PathBuf>,
 }
 
-impl Explicit {
-    /// The path in use for one of the files; it may not exist.
+impl Paths {
+    fn of(&self, kind: Kind) -> Option<&Path> {
+        match kind {
+            Kind::Kernel => self.kernel.as_deref(),
+            Kind::Initramfs => self.initramfs.as_deref(),
+            Kind::Vmm => self.vmm.as_deref(),
+        }
+    }
+}
+
+/// What is said of the files, but for the environment.
+#[derive(Clone, Debug, Default)]
+pub struct Named {
+    /// By the caller.
+    pub given: Paths,
+    /// By the configuration.
+    pub configured: Paths,
+}
+
+impl Named {
+    /// The path in use for one of the files, and where it comes from; it may not exist.
     ///
     /// # Errors
     /// [`AssetError::NoExecutable`].
-    pub fn path(&self, kind: Kind) -> Result<PathBuf, AssetError> {
-        let given = match kind {
-            Kind::Kernel => &self.kernel,
-            Kind::Initramfs => &self.initramfs,
-            Kind::Vmm => &self.vmm,
-        };
-        choose(kind, given.as_deref(), std::env::var_os(kind.variable()), std::env::current_exe)
+    pub fn path(&self, kind: Kind) -> Result<(PathBuf, Origin), AssetError> {
+        choose(self, kind, std::env::var_os(kind.variable()), std::env::current_exe)
     }
 
     /// Opens one of the files for reading.
@@ -125,7 +162,7 @@ impl Explicit {
     /// # Errors
     /// [`AssetError`] naming the file and what to do.
     pub fn open(&self, kind: Kind) -> Result<Asset, AssetError> {
-        let path = self.path(kind)?;
+        let (path, _) = self.path(kind)?;
         open(kind, path)
     }
 }
@@ -157,30 +194,33 @@ impl Assets {
     ///
     /// # Errors
     /// [`AssetError`] of the first that is not usable.
-    pub fn open(explicit: &Explicit) -> Result<Self, AssetError> {
+    pub fn open(named: &Named) -> Result<Self, AssetError> {
         Ok(Self {
-            kernel: explicit.open(Kind::Kernel)?,
-            initramfs: explicit.open(Kind::Initramfs)?,
-            vmm: explicit.open(Kind::Vmm)?,
+            kernel: named.open(Kind::Kernel)?,
+            initramfs: named.open(Kind::Initramfs)?,
+            vmm: named.open(Kind::Vmm)?,
         })
     }
 }
 
 fn choose(
+    named: &Named,
     kind: Kind,
-    given: Option<&Path>,
     variable: Option<OsString>,
     executable: impl FnOnce() -> io::Result<PathBuf>,
-) -> Result<PathBuf, AssetError> {
-    if let Some(path) = given {
-        return Ok(path.to_owned());
+) -> Result<(PathBuf, Origin), AssetError> {
+    if let Some(path) = named.given.of(kind) {
+        return Ok((path.to_owned(), Origin::Given));
     }
     if let Some(path) = variable.filter(|v| !v.is_empty()) {
-        return Ok(path.into());
+        return Ok((path.into(), Origin::Variable));
+    }
+    if let Some(path) = named.configured.of(kind) {
+        return Ok((path.to_owned(), Origin::Configuration));
     }
     let executable = executable().map_err(|source| AssetError::NoExecutable { kind, source })?;
     let prefix = executable.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
-    Ok(prefix.join(kind.installed()))
+    Ok((prefix.join(kind.installed()), Origin::Installed))
 }
 
 fn open(kind: Kind, path: PathBuf) -> Result<Asset, AssetError> {
@@ -210,24 +250,25 @@ mod tests {
 
     use super::*;
 
-    fn exe() -> io::Result<PathBuf> {
-        Ok("/opt/k/bin/kvrun".into())
-    }
-
     #[test]
-    fn explicit_path_wins_over_environment_over_prefix() {
-        let given = Some(Path::new("/given"));
-        assert_eq!(choose(Kind::Kernel, given, Some("/env".into()), exe).unwrap(), Path::new("/given"));
-        assert_eq!(choose(Kind::Kernel, None, Some("/env".into()), exe).unwrap(), Path::new("/env"));
-        assert_eq!(
-            choose(Kind::Kernel, None, Some("".into()), exe).unwrap(),
-            Path::new("/opt/k/share/kvrun/vmlinux")
-        );
-        assert_eq!(
-            choose(Kind::Initramfs, None, None, exe).unwrap(),
-            Path::new("/opt/k/share/kvrun/initramfs.cpio")
-        );
-        assert_eq!(choose(Kind::Vmm, None, None, exe).unwrap(), Path::new("/opt/k/libexec/kvrun/kvrun-vmm"));
+    fn option_wins_over_variable_over_configuration_over_prefix() {
+        let paths = |path: &str| Paths { kernel: Some(path.into()), ..Paths::default() };
+        let configured = Named { given: Paths::default(), configured: paths("/configured") };
+        let given = Named { given: paths("/given"), ..configured.clone() };
+        let found = |named: &Named, kind, variable: &str| {
+            let variable = Some(variable.into());
+            choose(named, kind, variable, || Ok("/opt/k/bin/kvrun".into())).unwrap()
+        };
+        assert_eq!(found(&given, Kind::Kernel, "/env"), ("/given".into(), Origin::Given));
+        assert_eq!(found(&configured, Kind::Kernel, "/env"), ("/env".into(), Origin::Variable));
+        assert_eq!(found(&configured, Kind::Kernel, ""), ("/configured".into(), Origin::Configuration));
+        for (kind, path) in [
+            (Kind::Kernel, "/opt/k/share/kvrun/vmlinux"),
+            (Kind::Initramfs, "/opt/k/share/kvrun/initramfs.cpio"),
+            (Kind::Vmm, "/opt/k/libexec/kvrun/kvrun-vmm"),
+        ] {
+            assert_eq!(found(&Named::default(), kind, ""), (path.into(), Origin::Installed));
+        }
     }
 
     #[test]
@@ -235,7 +276,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = open(Kind::Kernel, dir.path().join("none")).unwrap_err();
         assert!(missing.to_string().contains("/none cannot be opened"));
-        assert!(missing.to_string().contains("--kernel or KVRUN_KERNEL"));
+        assert!(missing.to_string().contains("--kernel, KVRUN_KERNEL or the setting assets.kernel"));
         let directory = open(Kind::Kernel, dir.path().to_owned()).unwrap_err();
         assert!(directory.to_string().contains("is not a regular file"));
         fs::write(dir.path().join("empty"), "").unwrap();

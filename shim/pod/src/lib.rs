@@ -3,7 +3,7 @@
 //! Its doors (the OCI command line, later the containerd shim) call it in this order:
 //!
 //! 1. [`share::enter_mount_namespace`], while the process has one thread.
-//! 2. [`Bundle::load`](bundle::Bundle::load) reads and checks a bundle; [`VmSize`](size::VmSize) says how large a machine it asks for;
+//! 2. [`Config`](config::Config) is what whoever runs the host says of all machines. [`Bundle::load`](bundle::Bundle::load) reads and checks a bundle; [`VmSize`](size::VmSize) says how large a machine it asks for;
 //!    [`assets`] finds the kernel, the initramfs and the VMM.
 //! 3. [`ContainerDir::claim`](state_dir::ContainerDir::claim) makes the container ID ours; [`HostCgroup::join`](cgroup::HostCgroup::join)
 //!    puts this process, and so everything it starts, into the container's cgroup on the host.
@@ -22,10 +22,12 @@
 //! replies of the VMM. One current-thread tokio runtime; threads only where a descriptor of the caller may block ([`stdio`]).
 
 pub mod agent;
+pub mod annotations;
 pub mod assets;
 pub mod bundle;
 pub mod cgroup;
 pub mod channel;
+pub mod config;
 pub mod container;
 pub mod container_id;
 pub mod disks;

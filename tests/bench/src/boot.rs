@@ -8,7 +8,7 @@ use kvrun_agent_api::agent::GetInfoRequest;
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use kvrun_agent_api::{READY_PORT, RPC_PORT};
 use kvrun_pod::pod;
-use kvrun_pod::size::VmSize;
+use kvrun_pod::size::{Sizes, VmSize};
 use kvrun_pod::vmm::Vmm;
 use kvrun_vmm_api::control::BOOT_MARK_INIT;
 use rustix::time::{ClockId, clock_gettime};
@@ -51,7 +51,7 @@ async fn boot(stage: &Stage) -> Result<Boot> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm").context("cannot open /dev/kvm")?;
     let kernel = File::open(&stage.kernel).context("cannot open the kernel image")?;
     let initramfs = File::open(&stage.initramfs).context("cannot open the initramfs")?;
-    let config = pod::machine(VmSize::with_room(1, MEMORY_MIB));
+    let config = pod::machine(VmSize::with_room(1, MEMORY_MIB, &Sizes::default()));
 
     let spawned = now_ns();
     let vmm = Vmm::spawn(&stage.vmm, None)?;

@@ -1,4 +1,4 @@
-//! The options of the command line: those of runc, whose callers know no other, and three of our own.
+//! The options of the command line: those of runc, whose callers know no other, and a few of our own.
 //!
 //! * Here - the commands, and the options of all of them.
 //! * [`process`] - options of what makes processes: `create`, `run`, `exec`.
@@ -11,8 +11,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kvrun_pod::assets::Explicit;
+use kvrun_pod::assets::{Named, Paths};
 use kvrun_pod::cgroup::Driver;
+use kvrun_pod::config::{Config, ConfigError, Source};
 use kvrun_pod::log::Format;
 use kvrun_pod::state_dir::DEFAULT_ROOT;
 
@@ -35,6 +36,9 @@ pub(crate) struct Global {
     /// Directory for the state of containers
     #[arg(long, value_name = "DIR", default_value = DEFAULT_ROOT, global = true)]
     pub(crate) root: PathBuf,
+    /// Configuration, instead of /etc/kvrun/config.toml
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) config: Option<PathBuf>,
     /// File to which errors are appended too
     #[arg(long, value_name = "FILE", global = true)]
     pub(crate) log: Option<PathBuf>,
@@ -65,9 +69,24 @@ pub(crate) struct Global {
 }
 
 impl Global {
+    /// Where the configuration is.
+    pub(crate) fn source(&self) -> Source {
+        self.config.clone().map_or(Source::Default, Source::File)
+    }
+
+    /// Reads the configuration.
+    pub(crate) fn load_config(&self) -> Result<Config, ConfigError> {
+        Config::load(&self.source())
+    }
+
     /// The paths given on the command line.
-    pub(crate) fn explicit(&self) -> Explicit {
-        Explicit { kernel: self.kernel.clone(), initramfs: self.initramfs.clone(), vmm: self.vmm.clone() }
+    pub(crate) fn given(&self) -> Paths {
+        Paths { kernel: self.kernel.clone(), initramfs: self.initramfs.clone(), vmm: self.vmm.clone() }
+    }
+
+    /// What a machine is to be made of.
+    pub(crate) fn assets(&self, config: &Config) -> Named {
+        Named { given: self.given(), configured: config.assets.clone() }
     }
 
     /// How `linux.cgroupsPath` is to be read; `None`: not at all.
@@ -157,6 +176,29 @@ pub(crate) enum Command {
     Check,
     /// Print versions, and the kernel, initramfs and VMM in use
     Env,
+    /// Write a configuration to begin with, look for mistakes in one, or print what is in effect
+    Config(ConfigArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    #[command(subcommand)]
+    pub(crate) what: ConfigCommand,
+}
+
+/// What to do with the configuration.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print a file with every setting, its meaning and its default
+    Default,
+    /// Print every mistake in a file, or in the one in use
+    Check {
+        /// The file
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Print every setting in effect, and where it comes from
+    Show,
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! The commands that look at a container or ask its monitor for something, one file each.
 
+pub(crate) mod config;
 pub(crate) mod delete;
 pub(crate) mod events;
 pub(crate) mod features;

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvrun_pod::agent::ProcEntry;
+use kvrun_pod::annotations;
 use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, Process as OciProcess};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
@@ -42,7 +43,7 @@ pub(crate) use self::container::{Container, until_end};
 use self::exec::Program;
 use self::protocol::ProcessRow;
 use crate::attach::End;
-use crate::engine::Links;
+use crate::engine::{Links, Prepared};
 use crate::error::{Error, host};
 
 /// How many further processes are made at the same time; the others wait, for as long as it takes. More would only share the time of the guest's CPUs, until
@@ -56,6 +57,8 @@ const BACKLOG: i32 = 128;
 #[derive(Debug)]
 pub(crate) struct Monitor {
     pod: Pod,
+    /// By the configuration with which the machine was made.
+    allowed_annotations: Vec<&'static str>,
     share: Arc<Share>,
     links: Links,
     /// The network namespace of the machine.
@@ -85,19 +88,20 @@ impl Monitor {
     /// Serves a machine with its first container.
     pub(crate) fn new(
         pod: Pod,
+        prepared: &Prepared,
         share: Arc<Share>,
         links: Links,
-        home: Arc<NetworkNamespace>,
         first: &Arc<Container>,
     ) -> Result<Arc<Self>, Error> {
         let id = first.record().id.clone();
         let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
         Ok(Arc::new(Self {
             pod,
+            allowed_annotations: prepared.config().allowed_annotations.clone(),
             share,
             links,
             network: network.map_err(host("find the network namespace"))?,
-            home,
+            home: prepared.home(),
             containers: Mutex::new(HashMap::from([(id, Arc::clone(first))])),
             execs: AtomicU64::new(0),
             making: Semaphore::new(MAKING),
@@ -272,6 +276,7 @@ impl Monitor {
         };
         let bundle = Bundle::handed_over(bundle, HandedOver { config, network, trees: &trees }, &sibling)?;
         let id = record.id.clone();
+        annotations::check(&bundle.annotations(), &self.allowed_annotations)?;
         self.check_network(&id, &bundle)?;
         // The ID is the caller's now, so one that has it still is about to go.
         let earlier = self.containers().get(&id).cloned();

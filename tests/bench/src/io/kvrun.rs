@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use kvrun_bench::{CONTROL_PORT, Job, SHARE_TAG, STREAM_PORT};
 use kvrun_pod::network::open_vhost;
 use kvrun_pod::pod;
-use kvrun_pod::size::VmSize;
+use kvrun_pod::size::{Sizes, VmSize};
 use kvrun_pod::vmm::Vmm;
 use kvrun_vmm_api::config::FIRST_FREE_SLOT;
 use kvrun_vmm_api::{DeviceConfig, FsCache, RateLimit, VmConfig};
@@ -48,7 +48,7 @@ pub(super) fn start(setup: &Setup<'_>, runtime: &Rc<Runtime>) -> Result<(Kvrun, 
         let kvm = File::options().read(true).write(true).open("/dev/kvm").context("cannot open /dev/kvm")?;
         let kernel = File::open(&stage.kernel).context("cannot open the kernel image")?;
         let initramfs = File::open(initramfs).context("cannot open the guest's initramfs")?;
-        let size = VmSize::with_room(1, MEMORY_MIB);
+        let size = VmSize::with_room(1, MEMORY_MIB, &Sizes::default());
         let config = VmConfig { vsock_listen: vec![CONTROL_PORT], ..pod::machine(size) };
         let vmm = Vmm::spawn(&stage.vmm, Some(share.as_fd()))?;
         let control = vmm.expect(CONTROL_PORT);

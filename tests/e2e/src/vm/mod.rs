@@ -23,7 +23,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use kvrun_pod::assets::{Assets, Explicit};
+use kvrun_pod::assets::{Assets, Named, Paths};
 use kvrun_pod::pod::{self, Pod, SHARE_SLOT, SLOTS, Starting};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::vmm::{Death, VmEnd};
@@ -260,10 +260,10 @@ impl Drop for Machine {
 /// When something is missing.
 pub fn assets(test: &Test) -> Result<Assets> {
     let file = |path: &str| Some(test.prefix().join(path));
-    let explicit = Explicit {
+    let given = Paths {
         kernel: file("share/kvrun/vmlinux"),
         initramfs: file("share/kvrun/initramfs.cpio"),
         vmm: file("libexec/kvrun/kvrun-vmm"),
     };
-    Ok(Assets::open(&explicit)?)
+    Ok(Assets::open(&Named { given, ..Named::default() })?)
 }

@@ -6,6 +6,7 @@ use kvrun_e2e::vsock_peer;
 
 mod bad_config;
 mod command_line;
+mod config;
 mod containerd;
 mod cri;
 mod deploy;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         faults::CASES,
         installation::CASES,
         command_line::CASES,
+        config::CASES,
         bad_config::CASES,
         parallel::CASES,
         spec::process::CASES,
