@@ -133,11 +133,10 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
     ensure!(pod.wait(&again)?.exit_code == 7);
     ensure!(pod.log("server")?.ends_with("made\n"), "{}", pod.log("server")?);
     // One that does not end when it is asked is killed; one whose program is not there is told so.
-    let stubborn =
-        pod.start(script("stubborn", "trap 'echo asked' TERM; echo up; while :; do sleep 1; done"))?;
+    let stubborn = pod
+        .start(script("stubborn", "trap 'echo asked' TERM; echo up; sleep 1000 & while :; do wait; done"))?;
     until_logged(&pod, "stubborn", "up")?;
-    // As long as it takes here to go round the loop.
-    pod.stop(&stubborn, Duration::from_secs(4))?;
+    pod.stop(&stubborn, Duration::from_secs(2))?;
     ensure!(pod.status(&stubborn)?.exit_code == 137, "{:?}", pod.status(&stubborn)?);
     ensure!(pod.log("stubborn")? == "up\nasked\n", "asked once: {}", pod.log("stubborn")?);
     let mut missing = script("missing", "");
@@ -167,10 +166,15 @@ fn streams_go_both_ways(pod: &Pod<'_>, client: &str) -> Result<()> {
         client,
         "mkdir /out /in; dd if=/dev/urandom of=/out/file bs=64k count=16 2>/dev/null; md5sum < /out/file",
     )?;
-    let archive = pod.exec_stream(client, &["tar", "cf", "-", "-C", "/out", "file"])?.rest(STDOUT)?;
-    let mut copied = pod.exec_stream(client, &["tar", "xf", "-", "-C", "/in"])?;
+    let archive = pod
+        .exec_stream(client, &["tar", "cf", "-", "-C", "/out", "file"])?
+        .rest(STDOUT)
+        .context("copy out")?;
+    // The version of the protocol has no end of standard input, and tar reads up to it.
+    let unpack = format!("head -c {} | tar xf - -C /in", archive.len());
+    let mut copied = pod.exec_stream(client, &["sh", "-c", &unpack])?;
     copied.send(STDIN, &archive)?;
-    let status = String::from_utf8(copied.rest(STATUS)?)?;
+    let status = String::from_utf8(copied.rest(STATUS).context("copy in")?)?;
     ensure!(status.contains("Success"), "{status}");
     ensure!(pod.sh(client, "md5sum < /in/file")? == sum, "{sum}");
 
@@ -180,11 +184,11 @@ fn streams_go_both_ways(pod: &Pod<'_>, client: &str) -> Result<()> {
     // Detached by its end of the stream, a container goes on, and can be attached to again.
     let mut stream = pod.attach(&attached)?;
     stream.send(STDIN, b"one\n")?;
-    ensure!(stream.receive()? == Some((STDOUT, b"got one\n".to_vec())));
+    ensure!(stream.receive().context("attached")? == Some((STDOUT, b"got one\n".to_vec())));
     drop(stream);
     let mut stream = pod.attach(&attached)?;
     stream.send(STDIN, b"two\n")?;
-    let text = stream.rest(STDOUT)?;
+    let text = stream.rest(STDOUT).context("attached again")?;
     ensure!(text == b"got two\n", "{:?}", String::from_utf8_lossy(&text));
     ensure!(pod.wait(&attached)?.exit_code == 6);
     ensure!(pod.log("attached")? == "got one\ngot two\n", "{}", pod.log("attached")?);
