@@ -4,7 +4,7 @@
 //!   the guest ([`boot`]), the log ([`kmsg`]), then the listeners ([`descriptor`]) and the service.
 //! * [`service`] - the RPCs of `agent.proto`: checks a request, calls one of the modules below, and gives errors their code.
 //! * [`slots`], [`mounts`], [`path`] - devices that the VMM attaches, and the file systems on them.
-//! * [`network`] - links, addresses and routes of the guest.
+//! * [`network`] - links, addresses and routes of the guest; [`forward`] - connections of the engine to its loopback.
 //! * [`cpus`] - vCPUs brought online and taken offline.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
 //! * [`oci`] - the helper process that creates a container, and the agent's end of it.
@@ -21,6 +21,7 @@ pub mod cgroup;
 pub mod container;
 pub mod cpus;
 pub mod descriptor;
+pub mod forward;
 pub mod init;
 pub mod kmsg;
 pub mod mounts;

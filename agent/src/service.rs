@@ -13,11 +13,12 @@ use async_trait::async_trait;
 use futures::future::{join_all, try_join3};
 use futures::stream;
 use kvrun_agent_api::agent::{
-    BindSlotRequest, BindSlotResponse, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest, GetInfoRequest, GetInfoResponse,
-    ListProcessesResponse, LookAtProcRequest, LookAtProcResponse, MountRequest, ProcessInfo, ProcessRequest,
-    ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio,
-    UnbindSlotRequest, UnmountRequest, UpdateContainerRequest, WaitProcessResponse,
+    BindSlotRequest, BindSlotResponse, ConnectPortRequest, ContainerRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest,
+    GetInfoRequest, GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse,
+    MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest,
+    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, UpdateContainerRequest,
+    WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -34,6 +35,7 @@ use crate::container::spec::{SpecError, find_namespaces};
 use crate::container::{Container, ContainerError, ContainerId, ContainerSpec, Containers, Engine};
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
+use crate::forward::{self, ForwardError};
 use crate::mounts::{Mount, MountError, Mounts, forget};
 use crate::network::plan::Plan;
 use crate::network::{self, NetworkError};
@@ -146,6 +148,19 @@ impl AgentService {
         let mut response = CreateContainerResponse::new();
         response.pid = container.exec(&parts.engine, &request.exec_id, process, streams).await? as u32;
         Ok(response)
+    }
+
+    async fn connect_to_port(&self, request: &ConnectPortRequest) -> Result<(), Failure> {
+        let port = u16::try_from(request.port).ok().filter(|port| *port != 0);
+        let port = port.ok_or_else(|| Failure::invalid(format!("there is no TCP port {}", request.port)))?;
+        if request.token == 0 {
+            return Err(Failure::invalid("a connection to a port needs a stream".to_owned()));
+        }
+        // The stream is taken first, so that none is left behind by a port on which nothing listens.
+        let stream = self.0.streams.claim(request.token).await?;
+        let connection = forward::connect(port).await?;
+        tokio::spawn(forward::copy(stream, connection));
+        Ok(())
     }
 
     async fn streams(&self, stdio: &Stdio) -> Result<EngineStreams, StreamError> {
@@ -271,6 +286,12 @@ impl Agent for AgentService {
         let plan = Plan::parse(&request).map_err(|err| Failure::invalid(err.to_string()))?;
         let slots = self.0.slots.clone();
         blocking(move || Ok(network::set_up(&slots, &plan)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_port(&self, _: &TtrpcContext, request: ConnectPortRequest) -> ttrpc::Result<Empty> {
+        let service = self.clone();
+        detached(async move { service.connect_to_port(&request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -550,6 +571,12 @@ impl From<LimitError> for Failure {
 
 impl From<StreamError> for Failure {
     fn from(err: StreamError) -> Self {
+        Self::new(Code::FAILED_PRECONDITION, error_chain(&err))
+    }
+}
+
+impl From<ForwardError> for Failure {
+    fn from(err: ForwardError) -> Self {
         Self::new(Code::FAILED_PRECONDITION, error_chain(&err))
     }
 }

@@ -355,6 +355,16 @@ impl Agent {
         bounded("count", REQUEST_TIMEOUT, call).await
     }
 
+    /// Connects the stream of a token to a TCP port of the guest's loopback.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn connect_port(&self, port: u16, token: u64) -> Result<(), AgentError> {
+        let request = api::ConnectPortRequest { port: port.into(), token, ..Default::default() };
+        let call = self.client.connect_port(Context::default(), &request);
+        bounded("connect to a port", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
     /// Changes the limits of a container; `resources_json` is OCI `linux.resources`, of which what is there is changed.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -331,6 +332,17 @@ impl Pod {
         let started = self.agent.exec(id, &exec_id, process_json, planned.tokens());
         let streams = self.with_streams(started, planned).await?;
         Ok((Process::further(self.clone(), id.clone(), exec_id), streams))
+    }
+
+    /// Connects to a TCP port of the guest's loopback.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    pub async fn connect_port(&self, port: u16) -> Result<UnixStream, CreateError> {
+        let planned = Planned::new(Wanted { stdin: true, stdout: false, stderr: false })?;
+        let connected = self.agent.connect_port(port, planned.tokens().stdin_token);
+        let Streams([stream, ..]) = self.with_streams(connected, planned).await?;
+        Ok(stream.ok_or(PodError::Agent(AgentError::Senseless { what: "connect to a port" }))?)
     }
 
     async fn with_streams(

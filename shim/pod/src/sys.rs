@@ -1,7 +1,7 @@
 //! System calls that have no safe wrapper in the crates we use. The only unsafe code of this crate beside the VMM's `pre_exec`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// What [`mount_setattr`] changes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,6 +75,90 @@ pub(crate) fn make_tap(tun: impl AsFd, name: &str, multi_queue: bool) -> io::Res
     }
     let name = request.ifr_name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
     String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// One instruction of a program for the kernel (`struct bpf_insn`, Linux include/uapi/linux/bpf.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Instruction {
+    pub(crate) code: u8,
+    /// Destination in the lower, source in the upper half.
+    pub(crate) registers: u8,
+    pub(crate) offset: i16,
+    pub(crate) immediate: i32,
+}
+
+/// bpf(2), of commands that answer a number.
+///
+/// # Safety
+/// What the attribute points to must be as the command has it, and outlive the call.
+unsafe fn bpf<T>(command: libc::c_int, attribute: &T) -> io::Result<i32> {
+    // SAFETY: the kernel reads the attribute, of the length given; the rest is the caller's.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attribute, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+}
+
+/// A map with one element: a socket that listens.
+pub(crate) fn socket_map(socket: impl AsFd) -> io::Result<OwnedFd> {
+    const BPF_MAP_CREATE: libc::c_int = 0;
+    const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+    const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+    // Type, sizes of a key and of a value, number of elements.
+    let create = [BPF_MAP_TYPE_SOCKMAP, 4, 4, 1];
+    // SAFETY: the attribute has no pointers.
+    let map = unsafe { bpf(BPF_MAP_CREATE, &create) }?;
+    // SAFETY: the kernel has just made this descriptor (with O_CLOEXEC) and nobody else knows of it.
+    let map = unsafe { OwnedFd::from_raw_fd(map) };
+    let (key, value) = (0_u32, socket.as_fd().as_raw_fd());
+    // Map, key, value, flags.
+    let update = [map.as_raw_fd() as u64, &raw const key as u64, &raw const value as u64, 0];
+    // SAFETY: key and value have the sizes of the map's and outlive the call.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &update) }?;
+    Ok(map)
+}
+
+/// `BPF_SK_LOOKUP`.
+const SOCKET_LOOKUP: u32 = 36;
+
+/// Loads a program that says for which socket a packet is.
+pub(crate) fn load_socket_lookup(program: &[Instruction]) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+    /// The fields of `union bpf_attr` up to the last one that we use.
+    #[repr(C)]
+    struct Load {
+        program_type: u32,
+        instruction_count: u32,
+        instructions: u64,
+        license: u64,
+        /// Log, version of the kernel, flags, name, network interface.
+        unused: [u32; 11],
+        expected_attach_type: u32,
+    }
+    let load = Load {
+        program_type: BPF_PROG_TYPE_SK_LOOKUP,
+        instruction_count: program.len() as u32,
+        instructions: program.as_ptr() as u64,
+        // It calls no function that asks for one.
+        license: c"Apache-2.0".as_ptr() as u64,
+        unused: [0; 11],
+        expected_attach_type: SOCKET_LOOKUP,
+    };
+    // SAFETY: the instructions and the license outlive the call.
+    let loaded = unsafe { bpf(BPF_PROG_LOAD, &load) }?;
+    // SAFETY: the kernel has just made this descriptor (with O_CLOEXEC) and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(loaded) })
+}
+
+/// Attaches such a program to a network namespace, until the descriptor is closed.
+pub(crate) fn attach_socket_lookup(program: &OwnedFd, namespace: impl AsFd) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    // Program, target, type, flags.
+    let create = [program.as_raw_fd() as u32, namespace.as_fd().as_raw_fd() as u32, SOCKET_LOOKUP, 0];
+    // SAFETY: the attribute has no pointers.
+    let link = unsafe { bpf(BPF_LINK_CREATE, &create) }?;
+    // SAFETY: the kernel has just made this descriptor (with O_CLOEXEC) and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
 }
 
 /// Has the children of this thread start in a PID namespace of their own, all in one.

@@ -9,10 +9,12 @@
 //! * [`namespace`] - namespaces, and work in them.
 //! * [`scan`] - what is in one.
 //! * [`tap`] - tap devices.
+//! * [`loopback`] - connections to loopback in the namespace.
 //! * [`redirect`] - the traffic control.
 //!
-//! The engines and the kernel of the host are trusted; nothing here reads what a guest has written.
+//! The engines and the kernel of the host are trusted; what a guest has written is copied, and not looked at.
 
+mod loopback;
 mod namespace;
 mod redirect;
 mod scan;
@@ -32,10 +34,12 @@ use netlink_packet_route::link::{
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
+use self::loopback::Loopback;
 pub use self::namespace::{Identity, NetworkNamespace, enter_new};
 use self::scan::{Link, Lists, Scan};
 pub use self::tap::{Tap, open_tap, open_vhost};
 use crate::pod::{Pod, PodError, Slots};
+use crate::text;
 
 /// How the names of our taps begin.
 const TAP_PREFIX: &str = "kvrun";
@@ -106,6 +110,8 @@ pub struct Network {
     joined: Vec<Joined>,
     /// What the guest has set up.
     done: SetUpNetworkRequest,
+    /// `None` until the machine is on a link, and where the host cannot do it.
+    loopback: Option<Loopback>,
 }
 
 /// A link that the machine is on.
@@ -129,7 +135,13 @@ impl Network {
     /// That of a namespace, for a machine with so many vCPUs. Nothing is joined yet.
     pub fn new(namespace: NetworkNamespace, vcpus: u8) -> Self {
         let queue_pairs = vcpus.clamp(1, kvrun_vmm_api::config::MAX_NET_QUEUE_PAIRS);
-        Self { namespace, queue_pairs, joined: Vec::new(), done: SetUpNetworkRequest::default() }
+        Self {
+            namespace,
+            queue_pairs,
+            joined: Vec::new(),
+            done: SetUpNetworkRequest::default(),
+            loopback: None,
+        }
     }
 
     /// Whether it is that of a namespace.
@@ -146,7 +158,7 @@ impl Network {
     /// # Errors
     /// [`NetworkError`].
     pub async fn update(&mut self, pod: &Pod) -> Result<(), NetworkError> {
-        let Self { namespace, queue_pairs, joined, done } = self;
+        let Self { namespace, queue_pairs, joined, done, loopback } = self;
         let (scan, devices) = namespace
             .run(|| join(joined, *queue_pairs, &pod.slots))
             .map_err(host(|| "enter the network namespace".to_owned()))??;
@@ -160,6 +172,13 @@ impl Network {
         if request != *done {
             pod.or_death(pod.agent().set_up_network(&request)).await?;
             *done = request;
+        }
+        if !joined.is_empty() && loopback.is_none() {
+            match Loopback::lead_to(pod, namespace) {
+                Ok(made) => *loopback = Some(made),
+                // Most pods are never asked for it.
+                Err(error) => tracing::warn!(error = %text::chain(&error), "there is no port-forwarding"),
+            }
         }
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! What a kubelet leads on to containerd's streaming server: attach, and exec with its streams; over a WebSocket, of which each message
+//! What a kubelet leads on to containerd's streaming server: attach, exec with its streams, port-forward; over a WebSocket, of which each message
 //! begins with the number of its channel (subprotocol `v4.channel.k8s.io`).
 
 use std::net::TcpStream;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use k8s_cri::v1 as api;
 use tungstenite::protocol::WebSocket;
 use tungstenite::{ClientRequestBuilder, Message};
@@ -111,5 +111,22 @@ impl Pod<'_> {
             stderr: true,
         };
         Stream::open(&self.cri.call(async |mut client| client.exec(request).await)?.url)
+    }
+
+    /// What a port answers to some bytes, by way of port-forward.
+    ///
+    /// # Errors
+    /// What containerd says; [`Err`] too if nothing listens.
+    pub fn ask_port(&self, port: u16, question: &[u8]) -> Result<Vec<u8>> {
+        let request = api::PortForwardRequest { pod_sandbox_id: self.id.clone(), port: vec![port.into()] };
+        let url = self.cri.call(async |mut client| client.port_forward(request).await)?.url;
+        let mut stream = Stream::open(&url)?;
+        // Of each port there are two channels, for its bytes and for an error; each begins with the port.
+        for _ in 0..2 {
+            let (_, bytes) = stream.receive()?.context("no channels")?;
+            ensure!(bytes == port.to_le_bytes(), "{bytes:?}");
+        }
+        stream.send(0, question)?;
+        stream.rest(0)
     }
 }

@@ -241,7 +241,7 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     let server = cri.run_pod(config)?;
     server.start(script(
         "web",
-        "mkdir /www; echo served > /www/page; httpd -h /www -p 80; echo up; exec sleep 1000",
+        "mkdir /www; echo served > /www/page; httpd -h /www -p 80; httpd -h /www -p 127.0.0.1:81; httpd -h /www -p [::1]:82; echo up; exec sleep 1000",
     ))?;
     until_logged(&server, "web", "up")?;
     let mut config = cri.pod_config("client");
@@ -262,6 +262,13 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     is_served(&format!("{address}:80"))?;
     // By the port of the host, which CNI's portmap leads on.
     is_served(&format!("{HOST}:8080"))?;
+    // Port-forward enters the pod's network namespace and connects to localhost, which is the guest's: also what listens there only.
+    for port in [81, 82] {
+        let answer = server.ask_port(port, b"GET /page HTTP/1.0\r\n\r\n")?;
+        ensure!(answer.ends_with(b"\r\n\r\nserved\n"), "{port}: {:?}", String::from_utf8_lossy(&answer));
+    }
+    ensure!(server.ask_port(83, b"anybody?").map_or(true, |answer| answer.is_empty()), "nobody listens");
+    ensure!(is_served("127.0.0.1:81").is_err(), "the host's own loopback is its own");
     let resolver = client.sh(&id, "cat /etc/resolv.conf")?;
     ensure!(resolver == "search default.svc\nnameserver 10.88.0.1\noptions ndots:5\n", "{resolver}");
     ensure!(client.sh(&id, "cat /etc/hostname")? == "client\n");
