@@ -16,9 +16,9 @@ use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ConnectPortRequest, ContainerRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest,
     GetInfoRequest, GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse,
-    MountRequest, ProcessInfo, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SetUpNetworkRequest,
-    SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest, UpdateContainerRequest,
-    WaitProcessResponse,
+    MountRequest, ProcessInfo, ProcessRequest, ReadLogResponse, ResizeTerminalRequest, SetCpusRequest,
+    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -36,6 +36,7 @@ use crate::container::{Container, ContainerError, ContainerId, ContainerSpec, Co
 use crate::cpus::{CpuError, Cpus};
 use crate::descriptor::{Descriptor, Listener};
 use crate::forward::{self, ForwardError};
+use crate::kmsg;
 use crate::mounts::{Mount, MountError, Mounts, forget};
 use crate::network::plan::Plan;
 use crate::network::{self, NetworkError};
@@ -233,6 +234,14 @@ impl Agent for AgentService {
         response.memory_available_kib = memory.available_kib;
         let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         response.cpus = cpus.and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(1);
+        Ok(response)
+    }
+
+    async fn read_log(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<ReadLogResponse> {
+        let read =
+            || kmsg::read().map_err(|err| Failure::internal(format!("cannot read {}: {err}", kmsg::PATH)));
+        let mut response = ReadLogResponse::new();
+        response.text = blocking(read).await?;
         Ok(response)
     }
 

@@ -148,6 +148,7 @@ fn obey(
         }
         Request::Metrics => return reply(channel, id, Ok(Reply::Metrics(machine.metrics()))),
         Request::State => return reply(channel, id, Ok(Reply::State(machine.state()))),
+        Request::Console => return reply(channel, id, Ok(Reply::Console(machine.console_tail()))),
         Request::Stop => Ok(()),
     };
     reply(channel, id, outcome.map(|()| Reply::Done).map_err(Into::into))

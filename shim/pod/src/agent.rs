@@ -33,6 +33,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(610);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the agent may take to forget a directory, which nobody waits for but the host's memory.
 const FORGET_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the agent may take to tell of the guest: whoever asks is there to learn whether it answers.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest error message taken from the agent, in characters.
 const MAX_MESSAGE: usize = 1000;
 
@@ -121,6 +123,16 @@ impl Agent {
     /// Speaks over a stream connected to [`kvrun_agent_api::RPC_PORT`]. Must be called in a tokio runtime.
     pub fn over(stream: UnixStream) -> Self {
         Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
+    }
+
+    /// The log of the guest's kernel, with the agent's own in it, as it is: not a text for a terminal.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn read_log(&self) -> Result<Vec<u8>, AgentError> {
+        let request = api::Empty::default();
+        let call = self.client.read_log(Context::default(), &request);
+        Ok(bounded("read its log", LOOK_TIMEOUT, call).await?.text)
     }
 
     /// Binds the driver to a slot; its block device, if it holds one.

@@ -90,6 +90,8 @@ pub enum Request {
     State,
     /// Report [`Reply::Metrics`].
     Metrics,
+    /// Report [`Reply::Console`].
+    Console,
     /// End the machine now, as if its power cord were pulled. Answered with [`Reply::Done`], then
     /// [`Event::Exited`] and the end of the process.
     Stop,
@@ -105,6 +107,8 @@ pub enum Reply {
     State(VmState),
     /// The answer to [`Request::Metrics`].
     Metrics(VmMetrics),
+    /// The answer to [`Request::Console`]: the last bytes (at most [`CONSOLE_TAIL`]) the guest wrote to its serial console, made valid UTF-8.
+    Console(String),
 }
 
 /// A refusal. The machine is as it was before the request.

@@ -269,6 +269,18 @@ impl Vmm {
         }
     }
 
+    /// The end of what the guest wrote to its serial console: not a text for a terminal.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn console(&self) -> Result<String, VmmError> {
+        const WHAT: &str = "show the guest's console";
+        match self.request(WHAT, Request::Console, &[], REQUEST_TIMEOUT).await? {
+            Reply::Console(text) => Ok(text),
+            _ => Err(wrong_answer(WHAT)),
+        }
+    }
+
     /// Asks the guest to have this much memory beyond what it booted with; how far it has come is in [`Vmm::state`].
     ///
     /// # Errors

@@ -20,6 +20,7 @@ mod inspect;
 mod installation;
 mod lifecycle;
 mod network;
+mod observe;
 mod parallel;
 mod pod_faults;
 mod pods;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         inspect::CASES,
         hooks::CASES,
         network::CASES,
+        observe::CASES,
         engines::podman::CASES,
         engines::docker::CASES,
         pods::CASES,
