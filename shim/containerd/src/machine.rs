@@ -9,6 +9,7 @@ use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::network::{Network, NetworkNamespace};
+use kvrun_pod::observe;
 use kvrun_pod::pod::{self as engine, Pod as Vm, Starting};
 use kvrun_pod::record::Record;
 use kvrun_pod::share::{MountNamespace, Place, Share, Trees};
@@ -22,6 +23,8 @@ use crate::task::Task;
 /// What a machine is made with.
 #[derive(Debug)]
 pub(crate) struct Host {
+    /// That of containerd.
+    pub(crate) namespace: String,
     pub(crate) state_root: PathBuf,
     pub(crate) mounts: MountNamespace,
     /// The network namespace of this process.
@@ -32,6 +35,8 @@ pub(crate) struct Host {
 /// What the containers of a pod have in common. In the order in which it is undone.
 #[derive(Debug)]
 pub(crate) struct Machine {
+    /// Shows it to whoever asks.
+    _observed: observe::Server,
     pub(crate) vm: Vm,
     /// That of the pod's first container.
     pub(crate) config: Config,
@@ -81,8 +86,15 @@ impl Machine {
         if let Some(network) = &mut network {
             network.update(&vm).await?;
         }
+        let labels = observe::Labels { namespace: host_side.namespace.clone(), pod: id.to_string() };
+        let observed =
+            observe::Server::start(&vm, dir.as_fd(), labels).map_err(host("listen on the pod's socket"))?;
         let network = tokio::sync::Mutex::new(network);
-        Ok((Self { vm, config, network, share, _cgroup: cgroup, _dir: dir }, spec, place))
+        Ok((
+            Self { _observed: observed, vm, config, network, share, _cgroup: cgroup, _dir: dir },
+            spec,
+            place,
+        ))
     }
 
     /// All containers of a machine are on its network, or on none.

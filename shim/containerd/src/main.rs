@@ -25,19 +25,18 @@ mod stdio;
 mod task;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use containerd_shim::Flags;
 use containerd_shim::protos::protobuf::{Message, MessageField};
 use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use kvrun_pod::state_dir::CONTAINERD_ROOT;
 
 use crate::error::{Error, host};
 
 /// The name containerd knows us by.
 const RUNTIME: &str = "io.containerd.kvrun.v2";
-/// Where shims keep the state of their pods, one directory for each namespace of containerd.
-const STATE_ROOT: &str = "/run/kvrun/containerd";
 
 fn main() -> ExitCode {
     match run() {
@@ -93,5 +92,5 @@ fn state_root(flags: &Flags) -> Result<PathBuf, Error> {
     if name.starts_with('.') || name.contains('/') {
         return Err(Error::Usage(format!("-namespace {name:?} is no name of a namespace")));
     }
-    Ok(PathBuf::from(STATE_ROOT).join(name))
+    Ok(Path::new(CONTAINERD_ROOT).join(name))
 }

@@ -33,7 +33,6 @@ use crate::task::{Ended, Task};
 /// The pod.
 #[derive(Debug)]
 pub(crate) struct Pod {
-    namespace: String,
     host: Host,
     events: Events,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
@@ -65,9 +64,8 @@ pub(crate) struct Plan {
 
 impl Pod {
     /// One without containers yet.
-    pub(crate) fn new(namespace: &str, host: Host, events: Events) -> Arc<Self> {
+    pub(crate) fn new(host: Host, events: Events) -> Arc<Self> {
         Arc::new(Self {
-            namespace: namespace.to_owned(),
             host,
             events,
             machine: tokio::sync::Mutex::default(),
@@ -186,7 +184,7 @@ impl Pod {
         for (kind, list) in bundle.creation_hooks() {
             hooks::run(kind, &list, &self.host.home, &state(&record, Status::Creating)).await?;
         }
-        let opened = task.open(&self.namespace)?;
+        let opened = task.open(&self.host.namespace)?;
         let wanted = opened.stdio.wanted();
         let (process, streams) = machine.vm.create_process(&id, &record.bundle, spec, wanted).await?;
         let (events, container) = (self.events.clone(), task.container.clone());
@@ -241,7 +239,7 @@ impl Pod {
         if container.task.status() != State::RUNNING {
             return Err(container.task.wrong_state("run a process beside"));
         }
-        let opened = task.open(&self.namespace)?;
+        let opened = task.open(&self.host.namespace)?;
         // It is never closed.
         let _making = self.making.acquire().await;
         // Its name in the guest is ours.

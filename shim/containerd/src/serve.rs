@@ -61,8 +61,9 @@ async fn serve_until_left(
 ) -> Result<(), Error> {
     let events = Events::new(events, &flags.namespace);
     let home = NetworkNamespace::current().map_err(host("find our network namespace"))?;
-    let host_side = Host { state_root: crate::state_root(flags)?, mounts, home, log };
-    let pod = Pod::new(&flags.namespace, host_side, events.clone());
+    let namespace = flags.namespace.clone();
+    let host_side = Host { namespace, state_root: crate::state_root(flags)?, mounts, home, log };
+    let pod = Pod::new(host_side, events.clone());
     let leave = Arc::new(Notify::new());
     let service = Arc::new(Service::new(Arc::clone(&pod), Arc::clone(&leave)));
     let mut terminate = signal(SignalKind::terminate()).map_err(host("listen for signals"))?;

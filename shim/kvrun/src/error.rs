@@ -13,6 +13,7 @@ use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
 use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
 use kvrun_pod::network::NetworkError;
+use kvrun_pod::observe::FetchError;
 use kvrun_pod::pod::PodError;
 use kvrun_pod::record::Status;
 use kvrun_pod::share::ShareError;
@@ -90,6 +91,16 @@ pub(crate) enum Error {
         id: ContainerId,
         #[source]
         source: io::Error,
+    },
+    #[error(
+        "no container and no pod of containerd has the ID {id}: name a container that `kvrun list` shows, or a pod that `crictl pods` shows"
+    )]
+    NoMachine { id: ContainerId },
+    #[error("look at the machine of container {id}")]
+    Unseen {
+        id: String,
+        #[source]
+        source: FetchError,
     },
     #[error("container {id} cannot be removed: its process does not end although it was killed")]
     Unkillable { id: ContainerId },

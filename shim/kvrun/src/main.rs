@@ -35,7 +35,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
-use commands::{config, delete, events, features, kill, list, ps, spec, start, state, update};
+use commands::{config, delete, events, features, kill, list, observe, ps, spec, start, state, update};
 use error::{Error, FAILED};
 
 fn main() -> ExitCode {
@@ -84,6 +84,8 @@ fn simple(global: &cli::Global, command: &Command, log: &log::Log) -> Result<(),
         Command::Resume(args) => start::resume(global, &args.id),
         Command::Update(args) => update::update(global, args),
         Command::Events(args) => events::events(global, args),
+        Command::Metrics(args) => observe::metrics(global, args.id.as_deref()),
+        Command::Logs(args) => observe::guest_log(global, &args.id),
         Command::Spec(args) => spec::spec(args),
         Command::Features => features::features(),
         Command::Run(_) | Command::Create(_) | Command::Exec(_) => Ok(()),

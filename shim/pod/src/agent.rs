@@ -4,7 +4,8 @@
 //! hostile: ttrpc bounds its size, and its error messages are made one short line before anything else sees them.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvrun_agent_api::agent as api;
 use kvrun_agent_api::agent_ttrpc::AgentClient;
@@ -17,6 +18,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::container_id::ContainerId;
+use crate::observe::latency::Latencies;
 use crate::text;
 
 /// Name and version of the protocol.
@@ -89,6 +91,8 @@ pub enum ProcessEnd {
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    /// How long it took over requests.
+    pub(crate) latencies: Arc<Latencies>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -122,7 +126,17 @@ pub enum ProcEntry {
 impl Agent {
     /// Speaks over a stream connected to [`kvrun_agent_api::RPC_PORT`]. Must be called in a tokio runtime.
     pub fn over(stream: UnixStream) -> Self {
-        Self { client: AgentClient::new(Client::new(Socket::new(stream))) }
+        Self { client: AgentClient::new(Client::new(Socket::new(stream))), latencies: Arc::default() }
+    }
+
+    /// What it says of the guest.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn info(&self) -> Result<api::GetInfoResponse, AgentError> {
+        let request = api::GetInfoRequest::default();
+        let call = self.client.get_info(Context::default(), &request);
+        self.bounded("tell of the guest", LOOK_TIMEOUT, call).await
     }
 
     /// The log of the guest's kernel, with the agent's own in it, as it is: not a text for a terminal.
@@ -132,7 +146,7 @@ impl Agent {
     pub async fn read_log(&self) -> Result<Vec<u8>, AgentError> {
         let request = api::Empty::default();
         let call = self.client.read_log(Context::default(), &request);
-        Ok(bounded("read its log", LOOK_TIMEOUT, call).await?.text)
+        Ok(self.bounded("read its log", LOOK_TIMEOUT, call).await?.text)
     }
 
     /// Binds the driver to a slot; its block device, if it holds one.
@@ -141,9 +155,9 @@ impl Agent {
     /// [`AgentError`].
     pub async fn bind_slot(&self, slot: u8) -> Result<Option<BlockDevice>, AgentError> {
         let request = api::BindSlotRequest { slot: slot.into(), ..Default::default() };
-        let answer =
-            bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request))
-                .await?;
+        let answer = self
+            .bounded("bind a device", REQUEST_TIMEOUT, self.client.bind_slot(Context::default(), &request))
+            .await?;
         let api::BindSlotResponse { block_device: name, major, minor, .. } = answer;
         Ok(Some(BlockDevice { name, major, minor }).filter(|device| !device.name.is_empty()))
     }
@@ -155,7 +169,7 @@ impl Agent {
     pub async fn unbind_slot(&self, slot: u8) -> Result<(), AgentError> {
         let request = api::UnbindSlotRequest { slot: slot.into(), ..Default::default() };
         let call = self.client.unbind_slot(Context::default(), &request);
-        bounded("let go of a device", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("let go of a device", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Sets up links, routes and neighbours.
@@ -164,7 +178,7 @@ impl Agent {
     /// [`AgentError`].
     pub async fn set_up_network(&self, request: &api::SetUpNetworkRequest) -> Result<(), AgentError> {
         let call = self.client.set_up_network(Context::default(), request);
-        bounded("set up the network", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("set up the network", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Has so many vCPUs online: 1 to as many as the machine was made with.
@@ -174,7 +188,7 @@ impl Agent {
     pub async fn set_cpus(&self, online: u8) -> Result<(), AgentError> {
         let request = api::SetCpusRequest { online: online.into(), ..Default::default() };
         let call = self.client.set_cpus(Context::default(), &request);
-        bounded("change its number of CPUs", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("change its number of CPUs", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Mounts the virtio-fs with this tag.
@@ -220,7 +234,7 @@ impl Agent {
             read_only,
             ..Default::default()
         };
-        bounded("mount a file system", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
+        self.bounded("mount a file system", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
             .await
             .map(drop)
     }
@@ -232,7 +246,7 @@ impl Agent {
     pub async fn unmount(&self, mount_point: &str) -> Result<(), AgentError> {
         let request = api::UnmountRequest { mount_point: mount_point.to_owned(), ..Default::default() };
         let call = self.client.unmount(Context::default(), &request);
-        bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("unmount a file system", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Forgets what is cached of paths that were removed from the share.
@@ -243,7 +257,7 @@ impl Agent {
         let paths = paths.iter().map(|path| path.to_string_lossy().into_owned()).collect();
         let request = api::ForgetRequest { paths, ..Default::default() };
         let call = self.client.forget(Context::default(), &request);
-        bounded("forget files", FORGET_TIMEOUT, call).await.map(drop)
+        self.bounded("forget files", FORGET_TIMEOUT, call).await.map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the
@@ -266,7 +280,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.create_container(Context::default(), &request);
-        bounded("create the container", CREATE_TIMEOUT, call).await.map(drop)
+        self.bounded("create the container", CREATE_TIMEOUT, call).await.map(drop)
     }
 
     /// Runs the container's process.
@@ -276,7 +290,7 @@ impl Agent {
     pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
         let request = container(id);
         let call = self.client.start_container(Context::default(), &request);
-        bounded("start the container", START_TIMEOUT, call).await.map(drop)
+        self.bounded("start the container", START_TIMEOUT, call).await.map(drop)
     }
 
     /// Runs a further process in a running container; `process_json` is an OCI `process`.
@@ -298,7 +312,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.exec_process(Context::default(), &request);
-        bounded("run the process", CREATE_TIMEOUT, call).await.map(drop)
+        self.bounded("run the process", CREATE_TIMEOUT, call).await.map(drop)
     }
 
     /// Holds all processes of a container.
@@ -308,7 +322,7 @@ impl Agent {
     pub async fn pause(&self, id: &ContainerId) -> Result<(), AgentError> {
         let request = container(id);
         let call = self.client.pause_container(Context::default(), &request);
-        bounded("pause the container", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("pause the container", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Lets them run again.
@@ -318,7 +332,7 @@ impl Agent {
     pub async fn resume(&self, id: &ContainerId) -> Result<(), AgentError> {
         let request = container(id);
         let call = self.client.resume_container(Context::default(), &request);
-        bounded("resume the container", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("resume the container", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// The processes of a container.
@@ -328,7 +342,7 @@ impl Agent {
     pub async fn processes(&self, id: &ContainerId) -> Result<api::ListProcessesResponse, AgentError> {
         let request = container(id);
         let call = self.client.list_processes(Context::default(), &request);
-        bounded("list the processes", REQUEST_TIMEOUT, call).await
+        self.bounded("list the processes", REQUEST_TIMEOUT, call).await
     }
 
     /// What a running container's own `/proc` has at a path below it; `None`: nothing.
@@ -343,7 +357,7 @@ impl Agent {
         let request = api::LookAtProcRequest { container_id: id.to_string(), path, ..Default::default() };
         let what = "look at the processes";
         let call = self.client.look_at_proc(Context::default(), &request);
-        match bounded(what, REQUEST_TIMEOUT, call).await {
+        match self.bounded(what, REQUEST_TIMEOUT, call).await {
             Ok(response) => match response.entry.ok_or(AgentError::Senseless { what })? {
                 api::look_at_proc_response::Entry::Directory(names) => {
                     Ok(Some(ProcEntry::Directory(names.names)))
@@ -364,7 +378,7 @@ impl Agent {
     pub async fn stats(&self, id: &ContainerId) -> Result<api::ContainerStatsResponse, AgentError> {
         let request = container(id);
         let call = self.client.container_stats(Context::default(), &request);
-        bounded("count", REQUEST_TIMEOUT, call).await
+        self.bounded("count", REQUEST_TIMEOUT, call).await
     }
 
     /// Connects the stream of a token to a TCP port of the guest's loopback.
@@ -374,7 +388,7 @@ impl Agent {
     pub async fn connect_port(&self, port: u16, token: u64) -> Result<(), AgentError> {
         let request = api::ConnectPortRequest { port: port.into(), token, ..Default::default() };
         let call = self.client.connect_port(Context::default(), &request);
-        bounded("connect to a port", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("connect to a port", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Changes the limits of a container; `resources_json` is OCI `linux.resources`, of which what is there is changed.
@@ -388,7 +402,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.update_container(Context::default(), &request);
-        bounded("change the limits", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("change the limits", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Waits for the end of a process, the container's own if `exec_id` is empty, without a bound; also tells whether the guest's kernel killed a process at the
@@ -436,7 +450,7 @@ impl Agent {
             all,
             ..Default::default()
         };
-        bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request))
+        self.bounded("deliver a signal", bound, self.client.signal_process(Context::default(), &request))
             .await
             .map(drop)
     }
@@ -460,7 +474,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.resize_terminal(Context::default(), &request);
-        bounded("resize the terminal", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("resize the terminal", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Removes a container with everything left in it.
@@ -470,7 +484,7 @@ impl Agent {
     pub async fn remove(&self, id: &ContainerId) -> Result<(), AgentError> {
         let request = container(id);
         let call = self.client.remove_container(Context::default(), &request);
-        bounded("remove the container", REQUEST_TIMEOUT, call).await.map(drop)
+        self.bounded("remove the container", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Kills all containers, syncs and powers the guest off.
@@ -479,25 +493,32 @@ impl Agent {
     /// [`AgentError`].
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         let request = api::Empty::default();
-        bounded("shut down", SHUTDOWN_TIMEOUT, self.client.shutdown(Context::default(), &request))
+        self.bounded("shut down", SHUTDOWN_TIMEOUT, self.client.shutdown(Context::default(), &request))
             .await
             .map(drop)
     }
 }
 
-fn container(id: &ContainerId) -> api::ContainerRequest {
-    api::ContainerRequest { container_id: id.to_string(), ..Default::default() }
+impl Agent {
+    /// Makes a request, for which the guest has so long; `what` completes "did not", and names it in the metrics.
+    async fn bounded<T>(
+        &self,
+        what: &'static str,
+        bound: Duration,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        let begun = Instant::now();
+        let result = timeout(bound, call).await;
+        self.latencies.add(what, begun.elapsed(), !matches!(result, Ok(Ok(_))));
+        match result {
+            Ok(result) => result.map_err(|e| failure(what, e)),
+            Err(_) => Err(AgentError::Timeout { what, bound }),
+        }
+    }
 }
 
-async fn bounded<T>(
-    what: &'static str,
-    bound: Duration,
-    call: impl Future<Output = ttrpc::Result<T>>,
-) -> Result<T, AgentError> {
-    match timeout(bound, call).await {
-        Ok(result) => result.map_err(|e| failure(what, e)),
-        Err(_) => Err(AgentError::Timeout { what, bound }),
-    }
+fn container(id: &ContainerId) -> api::ContainerRequest {
+    api::ContainerRequest { container_id: id.to_string(), ..Default::default() }
 }
 
 fn failure(what: &'static str, error: ttrpc::Error) -> AgentError {

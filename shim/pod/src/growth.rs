@@ -116,6 +116,11 @@ impl Growth {
         self.size.vcpus.boot
     }
 
+    /// The memory in MiB that it started with, and the most that it can have.
+    pub(crate) fn memory_mib(&self) -> (u32, u32) {
+        (self.size.memory_mib, self.size.max_memory_mib)
+    }
+
     fn claims(&self) -> MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -13,7 +13,7 @@
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
 //! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
-//! containers ask.
+//! containers ask. [`observe`] shows the pod's metrics and its guest's log to whoever asks.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
 //!
@@ -36,6 +36,7 @@ pub mod hooks;
 pub mod host_process;
 pub mod log;
 pub mod network;
+pub mod observe;
 pub mod pod;
 pub mod process;
 pub mod record;

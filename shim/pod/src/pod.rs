@@ -13,6 +13,7 @@ use kvrun_agent_api::{READY_PORT, RPC_PORT};
 use kvrun_vmm_api::config::{FIRST_FREE_SLOT, MAX_BLK_QUEUES};
 use kvrun_vmm_api::{DeviceConfig, FsCache, RateLimit, VmConfig};
 use rustix::fs::{Mode, OFlags};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::timeout;
 use ttrpc::Code;
 
@@ -148,6 +149,20 @@ pub fn machine(size: VmSize) -> VmConfig {
     }
 }
 
+/// When the engine had the machine boot, in nanoseconds of `CLOCK_MONOTONIC`, by which the VMM tells what it has seen of that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BootTimes {
+    /// The VMM was about to be started.
+    pub(crate) spawned_ns: u64,
+    /// The guest had the share.
+    pub(crate) ready_ns: u64,
+}
+
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
 /// A machine whose guest boots.
 #[derive(Debug)]
 pub struct Starting {
@@ -156,6 +171,7 @@ pub struct Starting {
     ready: GuestConnection,
     kernel: PathBuf,
     growth: Arc<Growth>,
+    spawned_ns: u64,
 }
 
 impl Starting {
@@ -167,8 +183,10 @@ impl Starting {
     /// # Errors
     /// [`PodError`].
     pub fn spawn(assets: &Assets, config: VmConfig, share: BorrowedFd<'_>) -> Result<Self, PodError> {
+        let spawned_ns = monotonic_ns();
         let kvm = open_kvm()?;
-        Self::boot(Vmm::spawn(&assets.vmm.path, Some(share))?, &kvm, assets, config)
+        let starting = Self::boot(Vmm::spawn(&assets.vmm.path, Some(share))?, &kvm, assets, config)?;
+        Ok(Self { spawned_ns, ..starting })
     }
 
     fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
@@ -177,7 +195,14 @@ impl Starting {
         let growth = Growth::new(&config);
         let booting =
             vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
-        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone(), growth })
+        Ok(Self {
+            booting: booting?,
+            vmm,
+            ready,
+            kernel: assets.kernel.path.clone(),
+            growth,
+            spawned_ns: monotonic_ns(),
+        })
     }
 
     /// The VMM.
@@ -190,7 +215,7 @@ impl Starting {
     /// # Errors
     /// [`PodError`]; the machine is then killed.
     pub async fn ready(self) -> Result<Pod, PodError> {
-        let Self { vmm, booting, ready, kernel, growth } = self;
+        let Self { vmm, booting, ready, kernel, growth, spawned_ns } = self;
         booting.running().await.map_err(|source| match source {
             VmmError::Ended(_) => source.into(),
             source => PodError::Boot { kernel, source },
@@ -210,9 +235,11 @@ impl Starting {
             Ok(Agent::over(vmm.connect_async(RPC_PORT).await?))
         };
         let ((), agent) = tokio::try_join!(attached, answering)?;
-        let pod = Pod { vmm, agent, growth, slots: Arc::default(), disks: Arc::default() };
+        let boot = BootTimes { spawned_ns, ready_ns: spawned_ns };
+        let mut pod = Pod { vmm, agent, growth, slots: Arc::default(), disks: Arc::default(), boot };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
+        pod.boot.ready_ns = monotonic_ns();
         tracing::debug!("the guest has the share");
         Ok(pod)
     }
@@ -240,6 +267,7 @@ pub struct Pod {
     pub(crate) growth: Arc<Growth>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) disks: Arc<Disks>,
+    pub(crate) boot: BootTimes,
 }
 
 /// The slots behind that of the share that are taken, as bits.

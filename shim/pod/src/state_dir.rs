@@ -18,12 +18,16 @@ use crate::record::{self, Record};
 
 /// Where state directories are unless the caller says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/kvrun";
+/// Where the shims of containerd have those of their pods, one directory for each namespace of containerd.
+pub const CONTAINERD_ROOT: &str = "/run/kvrun/containerd";
 /// Where the share is mounted.
 const SHARE: &str = "share";
 /// The cgroup directories made for the container, one path per line, to be removed in reverse order.
 const CGROUPS: &str = "cgroups";
 /// The socket of the process that serves the container.
 pub const SOCKET: &str = "monitor.sock";
+/// The socket on which a machine can be looked at ([`crate::observe`]).
+pub const POD_SOCKET: &str = "pod.sock";
 /// The most that is read from a file of ours.
 const MAX_FILE: u64 = 64 * 1024;
 /// How often a directory that is removed while we open it is made again.
@@ -189,7 +193,8 @@ impl ContainerDir {
                 }
             }
         }
-        let files = [CGROUPS, SOCKET, record::NEW_FILE, record::FILE].map(|name| (name, AtFlags::empty()));
+        let files = [CGROUPS, SOCKET, POD_SOCKET, record::NEW_FILE, record::FILE]
+            .map(|name| (name, AtFlags::empty()));
         for (name, flags) in files.into_iter().chain([(SHARE, AtFlags::REMOVEDIR)]) {
             match unlinkat(&self.dir, name, flags) {
                 Ok(()) | Err(Errno::NOENT) => {}

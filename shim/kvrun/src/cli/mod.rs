@@ -176,6 +176,10 @@ pub(crate) enum Command {
     Check,
     /// Print versions, and the kernel, initramfs and VMM in use
     Env,
+    /// Print the metrics of a machine, or of all, as Prometheus reads them
+    Metrics(MetricsArgs),
+    /// Print the log of a guest's kernel and agent
+    Logs(LogsArgs),
     /// Write a configuration to begin with, look for mistakes in one, or print what is in effect
     Config(ConfigArgs),
 }
@@ -204,6 +208,23 @@ pub(crate) enum ConfigCommand {
 #[derive(Debug, Args)]
 pub(crate) struct IdArgs {
     /// Name of the container
+    #[arg(value_name = "ID")]
+    pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Name of a container, or of a pod of containerd, alone or behind its namespace and a slash
+    #[arg(value_name = "ID")]
+    pub(crate) id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Required: what containers print goes to whoever has created them
+    #[arg(long, required = true)]
+    pub(crate) guest: bool,
+    /// Name of a container, or of a pod of containerd, alone or behind its namespace and a slash
     #[arg(value_name = "ID")]
     pub(crate) id: String,
 }

@@ -6,6 +6,7 @@ pub(crate) mod events;
 pub(crate) mod features;
 pub(crate) mod kill;
 pub(crate) mod list;
+pub(crate) mod observe;
 pub(crate) mod ps;
 pub(crate) mod spec;
 pub(crate) mod start;

@@ -52,13 +52,22 @@ impl Known {
         &self.record.id
     }
 
+    /// The state directory of its machine: its own, or that of the container whose machine it is in.
+    pub(crate) fn machine(self, root: &Path) -> Result<OwnedFd, Error> {
+        Ok(self.sandbox(root)?.unwrap_or(self.dir))
+    }
+
+    fn sandbox(&self, root: &Path) -> Result<Option<OwnedFd>, Error> {
+        Ok(match &self.record.sandbox {
+            Some(sandbox) => state_dir::look(root, sandbox)?,
+            None => None,
+        })
+    }
+
     /// Connects to its monitor, which gets `patience` for each message.
     pub(crate) fn connect(&self, root: &Path, patience: Duration) -> Result<Connection, Error> {
         let id = self.id().clone();
-        let other = match &self.record.sandbox {
-            Some(sandbox) => state_dir::look(root, sandbox)?,
-            None => None,
-        };
+        let other = self.sandbox(root)?;
         // The path of a socket has at most 108 bytes; this one is short for every directory.
         let dir = other.as_ref().unwrap_or(&self.dir);
         let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());

@@ -30,6 +30,7 @@ use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, P
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::hooks;
 use kvrun_pod::network::{self, Identity, NetworkNamespace};
+use kvrun_pod::observe;
 use kvrun_pod::pod::Pod;
 use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
@@ -56,6 +57,8 @@ const BACKLOG: i32 = 128;
 /// The containers of a machine.
 #[derive(Debug)]
 pub(crate) struct Monitor {
+    /// Shows it to whoever asks.
+    _observed: observe::Server,
     pod: Pod,
     /// By the configuration with which the machine was made.
     allowed_annotations: Vec<&'static str>,
@@ -95,7 +98,11 @@ impl Monitor {
     ) -> Result<Arc<Self>, Error> {
         let id = first.record().id.clone();
         let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
+        let labels = observe::Labels { namespace: String::new(), pod: id.to_string() };
+        let observed = observe::Server::start(&pod, prepared.dir().as_fd(), labels)
+            .map_err(host("listen on the pod's socket"))?;
         Ok(Arc::new(Self {
+            _observed: observed,
             pod,
             allowed_annotations: prepared.config().allowed_annotations.clone(),
             share,

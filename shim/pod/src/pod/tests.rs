@@ -11,7 +11,7 @@ use futures::StreamExt;
 use kvrun_agent_api::agent as api;
 use kvrun_agent_api::agent_ttrpc::create_agent;
 use kvrun_agent_api::{STREAM_PORT, TOKEN_LEN};
-use kvrun_vmm_api::{Event, ExitReason, Reply, Request, VcpuConfig, VmState};
+use kvrun_vmm_api::{DeviceMetrics, Event, ExitReason, Reply, Request, VcpuConfig, VmMetrics, VmState};
 use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 use ttrpc::r#async::{Server, TtrpcContext, transport};
@@ -91,6 +91,22 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
     ) -> ttrpc::Result<api::BindSlotResponse> {
         assert!(request.slot >= u32::from(SHARE_SLOT));
         Ok(api::BindSlotResponse::new())
+    }
+
+    async fn get_info(
+        &self,
+        _: &TtrpcContext,
+        _: api::GetInfoRequest,
+    ) -> ttrpc::Result<api::GetInfoResponse> {
+        Ok(api::GetInfoResponse { cpus: 3, ..Default::default() })
+    }
+
+    async fn read_log(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::ReadLogResponse> {
+        if self.program == Program::Hang {
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, "no log")));
+        }
+        let text = b"[    0.000001] one\x1b[2J\n[    0.000002] two\n".to_vec();
+        Ok(api::ReadLogResponse { text, ..Default::default() })
     }
 
     async fn set_cpus(&self, _: &TtrpcContext, request: api::SetCpusRequest) -> ttrpc::Result<api::Empty> {
@@ -215,7 +231,7 @@ fn serve(agent: FakeAgent, mut connections: mpsc::UnboundedReceiver<StdUnixStrea
 }
 
 /// A VMM with a guest that boots at once and whose container runs `program`.
-fn guest(program: Program) -> impl FnOnce(FakeVmm) + Send + 'static {
+pub(crate) fn guest(program: Program) -> impl FnOnce(FakeVmm) + Send + 'static {
     guest_with(program, Arc::default())
 }
 
@@ -285,6 +301,17 @@ pub(crate) fn guest_with(
                     let plugged_mib = if extent.is_stubborn { 0 } else { extent.plugged_mib };
                     let state = Reply::State(VmState { plugged_mib, ..empty_state() });
                     vmm.send(&kvrun_vmm_api::FromVmm::Reply { id, result: Ok(state) });
+                }
+                Request::Metrics => {
+                    let counters = [("bytes".to_owned(), 5), ("guest_free".to_owned(), 6)].into();
+                    let rng = DeviceMetrics { device: "rng".to_owned(), counters };
+                    let exits = [("io\"out".to_owned(), 7)].into();
+                    let metrics = Reply::Metrics(VmMetrics { exits, slots: vec![None, Some(rng)] });
+                    vmm.send(&kvrun_vmm_api::FromVmm::Reply { id, result: Ok(metrics) });
+                }
+                Request::Console => {
+                    let console = Reply::Console("a \x1b[31mwarning\n".to_owned());
+                    vmm.send(&kvrun_vmm_api::FromVmm::Reply { id, result: Ok(console) });
                 }
                 Request::Stop => {
                     vmm.done(id);

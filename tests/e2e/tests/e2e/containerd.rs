@@ -215,6 +215,13 @@ fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()
     ensure!(metrics["memory"]["usage_limit"] == 67_108_864, "{text}");
     ensure!(metrics["cpu"]["usage_usec"].as_u64().is_some_and(|used| used > 0), "{text}");
 
+    // What can be seen of the machine, by its ID, or that and the namespace.
+    let seen = t.invoke(&["metrics", id])?.exited(0).stderr("").text();
+    let up = format!("kvrun_agent_up{{namespace=\"default\",pod=\"{id}\"}} 1");
+    ensure!(seen.lines().any(|line| line == up), "{up}: {seen}");
+    let log = t.invoke(&["logs", "--guest", &format!("default/{id}")])?.exited(0).stderr("").text();
+    ensure!(log.contains("] Linux version "), "{log}");
+
     let statuses = |status: &str| -> Result<()> {
         let list = containerd.ctr(&["task", "list"])?.exited(0).text();
         ensure!(list.lines().any(|line| line.starts_with(id) && line.ends_with(status)), "{status}: {list}");
