@@ -21,6 +21,7 @@
 //! the streams of a container. Nothing here parses bytes the guest chose, except size-bounded protobuf from the agent and the
 //! replies of the VMM. One current-thread tokio runtime; threads only where a descriptor of the caller may block ([`stdio`]).
 
+pub mod accept;
 pub mod agent;
 pub mod annotations;
 pub mod assets;

@@ -2,8 +2,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
+use kvrun_pod::accept;
 use kvrun_pod::channel::{AsyncChannel, ChannelListener};
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::network::NetworkNamespace;
@@ -21,21 +21,11 @@ use crate::attach::{Attended, End};
 use crate::daemon::channel_error;
 use crate::error::{Error, host};
 
-/// How long we rest when a connection cannot be taken, for want of descriptors.
-const PAUSE: Duration = Duration::from_millis(10);
-
 /// Takes connections until the runtime ends.
 pub(super) async fn serve(monitor: Arc<Monitor>, listener: ChannelListener) {
     loop {
-        match listener.accept().await {
-            Ok(socket) => {
-                tokio::spawn(converse(Arc::clone(&monitor), socket));
-            }
-            Err(error) => {
-                tracing::debug!(%error, "accept a connection");
-                tokio::time::sleep(PAUSE).await;
-            }
-        }
+        let socket = accept::patiently(|| listener.accept()).await;
+        tokio::spawn(converse(Arc::clone(&monitor), socket));
     }
 }
 
@@ -47,8 +37,7 @@ async fn converse(monitor: Arc<Monitor>, socket: OwnedFd) {
 
 async fn answer_all(monitor: &Arc<Monitor>, socket: OwnedFd) -> Result<(), Error> {
     let peer = socket_peercred(&socket).map_err(host("tell who asks"))?;
-    // The directory is root's already; descriptors of the socket may be handed on.
-    if !peer.uid.is_root() && peer.uid != rustix::process::geteuid() {
+    if !accept::is_trusted(&peer) {
         return Ok(());
     }
     let peer = peer.pid.as_raw_nonzero().get();

@@ -20,9 +20,9 @@ use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::sleep;
 
 use super::{NetworkError, NetworkNamespace, host};
+use crate::accept;
 use crate::pod::Pod;
 use crate::sys::{self, Instruction};
 use crate::text;
@@ -35,8 +35,6 @@ const CONNECTING: usize = 4;
 const BACKLOG: i32 = 128;
 /// One read's size.
 const BUFFER: usize = 32 * 1024;
-/// How long the listener rests when there is no descriptor or memory for a connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// The namespace's loopback, as long as it is the guest's.
 #[derive(Debug)]
@@ -197,19 +195,12 @@ async fn serve(listener: TcpListener, pod: Pod) {
         // Neither is ever closed.
         let Ok(place) = Arc::clone(&all).acquire_owned().await else { return };
         while open.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((connection, _)) => {
-                let (pod, connecting) = (pod.clone(), Arc::clone(&connecting));
-                open.spawn(async move {
-                    forward(connection, pod, &connecting).await;
-                    drop(place);
-                });
-            }
-            Err(error) => {
-                tracing::debug!(%error, "accept a connection to loopback");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
+        let (connection, _) = accept::patiently(|| listener.accept()).await;
+        let (pod, connecting) = (pod.clone(), Arc::clone(&connecting));
+        open.spawn(async move {
+            forward(connection, pod, &connecting).await;
+            drop(place);
+        });
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::{Page, guest_log, metrics};
+use crate::accept;
 use crate::pod::{Pod, PodError};
 use crate::state_dir::POD_SOCKET;
 use crate::text;
@@ -22,8 +23,6 @@ const MOST_CONNECTIONS: usize = 8;
 const MAX_REQUEST: usize = 8 * 1024;
 /// How long whoever asks may take over it, and over taking the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long we rest when a connection cannot be taken, for want of descriptors.
-const PAUSE: Duration = Duration::from_millis(10);
 
 /// By what a pod is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,29 +63,21 @@ async fn serve(listener: UnixListener, pod: Pod, labels: Labels) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            accepted = listener.accept(), if connections.len() < MOST_CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    let (pod, labels) = (pod.clone(), labels.clone());
-                    connections.spawn(async move {
-                        if let Err(error) = answer(stream, &pod, &labels).await {
-                            tracing::debug!(%error, "answer on the pod's socket");
-                        }
-                    });
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "accept a connection");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            },
+            (stream, _) = accept::patiently(|| listener.accept()), if connections.len() < MOST_CONNECTIONS => {
+                let (pod, labels) = (pod.clone(), labels.clone());
+                connections.spawn(async move {
+                    if let Err(error) = answer(stream, &pod, &labels).await {
+                        tracing::debug!(%error, "answer on the pod's socket");
+                    }
+                });
+            }
             Some(_) = connections.join_next() => {}
         }
     }
 }
 
 async fn answer(mut stream: UnixStream, pod: &Pod, labels: &Labels) -> io::Result<()> {
-    let peer = socket_peercred(&stream)?;
-    // The directory is root's already; descriptors of the socket may be handed on.
-    if !peer.uid.is_root() && peer.uid != rustix::process::geteuid() {
+    if !accept::is_trusted(&socket_peercred(&stream)?) {
         return Ok(());
     }
     let answer = match timeout(PATIENCE, request(&mut stream)).await?? {
