@@ -60,7 +60,7 @@ pub(crate) fn check(global: &Global) -> anyhow::Result<bool> {
 }
 
 fn host_findings(named: &Named) -> Vec<Finding> {
-    let mut findings: Vec<Finding> = [Kind::Kernel, Kind::Initramfs, Kind::Vmm]
+    let mut findings: Vec<Finding> = Kind::ALL
         .into_iter()
         .map(|kind| {
             let found =

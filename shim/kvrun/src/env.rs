@@ -16,7 +16,7 @@ pub(crate) fn env(global: &Global) -> anyhow::Result<bool> {
     let mut rows = vec![("kvrun".to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
     let mut complete = true;
     let mut files = Vec::new();
-    for kind in [Kind::Kernel, Kind::Initramfs, Kind::Vmm] {
+    for kind in Kind::ALL {
         let found = named.open(kind);
         complete &= found.is_ok();
         if kind == Kind::Vmm

@@ -24,6 +24,9 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::Kernel, Self::Initramfs, Self::Vmm];
+
     /// The environment variable that names it.
     pub fn variable(self) -> &'static str {
         match self {

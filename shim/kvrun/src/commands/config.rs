@@ -1,6 +1,6 @@
 //! `kvrun config`: the configuration, for who writes one.
 
-use kvrun_pod::config::{Config, ConfigError, DEFAULT_PATH, Source, default_file};
+use kvrun_pod::config::{Config, ConfigError, Source, default_file};
 
 use super::print;
 use crate::cli::{ConfigCommand, Global};
@@ -14,7 +14,7 @@ pub(crate) fn config(global: &Global, what: &ConfigCommand, log: &Log) -> Result
         ConfigCommand::Check { file } => {
             let source = file.clone().map_or_else(|| global.source(), Source::File);
             match Config::load(&source) {
-                Ok(_) => print(&format!("{}: no mistakes", name(&source)))?,
+                Ok(_) => print(&format!("{}: no mistakes", source.name()))?,
                 Err(ConfigError::Faults { faults }) => {
                     faults.iter().for_each(|fault| log.say(&fault.to_string()));
                     return Ok(FAILED);
@@ -29,11 +29,4 @@ pub(crate) fn config(global: &Global, what: &ConfigCommand, log: &Log) -> Result
         }
     }
     Ok(0)
-}
-
-fn name(source: &Source) -> String {
-    match source {
-        Source::File(path) => path.display().to_string(),
-        Source::Default | Source::Text { .. } => DEFAULT_PATH.to_owned(),
-    }
 }

@@ -8,6 +8,7 @@
 
 mod settings;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -17,12 +18,12 @@ use rustix::fs::{Mode, OFlags};
 use toml::de::{DeTable, DeValue};
 use tracing::level_filters::LevelFilter;
 
-use crate::assets::{Kind, Named, Origin, Paths};
+use crate::assets::{Named, Origin, Paths};
 use crate::size::Sizes;
 use crate::text;
 
 pub use settings::default_file;
-use settings::{SETTINGS, Setting};
+use settings::{SETTINGS, Setting, Value};
 
 /// The file that is read unless another is named.
 pub const DEFAULT_PATH: &str = "/etc/kvrun/config.toml";
@@ -43,6 +44,17 @@ pub enum Source {
         /// The text.
         text: String,
     },
+}
+
+impl Source {
+    /// What to call it.
+    pub fn name(&self) -> Cow<'_, str> {
+        match self {
+            Self::Default => DEFAULT_PATH.into(),
+            Self::File(path) => path.to_string_lossy(),
+            Self::Text { name, .. } => (*name).into(),
+        }
+    }
 }
 
 /// Why there is no configuration.
@@ -146,11 +158,12 @@ impl Config {
     /// # Errors
     /// [`ConfigError`].
     pub fn load(source: &Source) -> Result<Self, ConfigError> {
+        let name = source.name();
         match source {
-            Source::Text { name, text } => Self::parse(name, text),
-            Source::File(path) => Self::parse(&path.display().to_string(), &read(path)?),
+            Source::Text { text, .. } => Self::parse(&name, text),
+            Source::File(path) => Self::parse(&name, &read(path)?),
             Source::Default => match read(Path::new(DEFAULT_PATH)) {
-                Ok(text) => Self::parse(DEFAULT_PATH, &text),
+                Ok(text) => Self::parse(&name, &text),
                 Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                     Ok(Self::default())
                 }
@@ -183,8 +196,8 @@ impl Config {
     fn take(&mut self, table: &DeTable<'_>, faults: &mut Faults<'_>) {
         for (section, value) in table {
             let (name, at) = (section.get_ref(), section.span().start);
-            if !SETTINGS.iter().any(|setting| setting.section == *name) {
-                faults.add(at, unknown("section", name, SETTINGS.iter().map(|setting| setting.section)));
+            if !SETTINGS.iter().any(|setting| setting.section() == *name) {
+                faults.add(at, unknown("section", name, SETTINGS.iter().map(Setting::section)));
                 continue;
             }
             let DeValue::Table(entries) = value.get_ref() else {
@@ -192,10 +205,10 @@ impl Config {
                 continue;
             };
             for (key, value) in entries {
-                let in_section = SETTINGS.iter().filter(|setting| setting.section == *name);
-                match in_section.clone().find(|setting| setting.name == *key.get_ref()) {
+                let in_section = SETTINGS.iter().filter(|setting| setting.section() == *name);
+                match in_section.clone().find(|setting| setting.name() == *key.get_ref()) {
                     None => {
-                        let known = in_section.map(|setting| setting.name);
+                        let known = in_section.map(Setting::name);
                         let what = format!("setting of [{name}]");
                         faults.add(key.span().start, unknown(&what, key.get_ref(), known));
                     }
@@ -238,11 +251,7 @@ impl Config {
         source: &Source,
         given: &Paths,
     ) -> Result<Vec<Effective>, crate::assets::AssetError> {
-        let file = match source {
-            Source::Default => DEFAULT_PATH.to_owned(),
-            Source::File(path) => path.display().to_string(),
-            Source::Text { name, .. } => (*name).to_owned(),
-        };
+        let file = source.name();
         let named = Named { given: given.clone(), configured: self.assets.clone() };
         SETTINGS.iter().map(|setting| self.one_effective(setting, &file, &named)).collect()
     }
@@ -253,9 +262,8 @@ impl Config {
         file: &str,
         named: &Named,
     ) -> Result<Effective, crate::assets::AssetError> {
-        let kinds = [Kind::Kernel, Kind::Initramfs, Kind::Vmm];
-        let (value, origin) = match kinds.into_iter().find(|kind| kind.setting() == setting.key) {
-            Some(kind) => {
+        let (value, origin) = match setting.value {
+            Value::Asset { kind, .. } => {
                 let (path, origin) = named.path(kind)?;
                 let origin = match origin {
                     Origin::Given => kind.option().to_owned(),
@@ -265,10 +273,10 @@ impl Config {
                 };
                 (format!("{:?}", path.display().to_string()), origin)
             }
-            None => {
+            Value::Of(show) => {
                 let is_given = self.given.contains(&setting.key);
                 let origin = if is_given { file.to_owned() } else { "default".to_owned() };
-                ((setting.show)(self), origin)
+                (show(self), origin)
             }
         };
         Ok(Effective { key: setting.key.to_owned(), value, origin })

@@ -9,22 +9,44 @@ use tracing::level_filters::LevelFilter;
 
 use super::Config;
 use crate::annotations;
+use crate::assets::Kind;
 use crate::size::MIN_MEMORY_MIB;
 
 /// A setting.
 pub(super) struct Setting {
     /// Section and name, joined by a dot.
     pub(super) key: &'static str,
-    pub(super) section: &'static str,
-    pub(super) name: &'static str,
     /// What it means, and why its default is what it is: lines of a comment.
     doc: &'static [&'static str],
-    /// For one without a default: an example.
-    example: Option<&'static str>,
     /// Takes a value; the error completes "must be".
     pub(super) set: fn(&mut Config, &DeValue<'_>) -> Result<(), String>,
-    /// The value, in TOML.
-    pub(super) show: fn(&Config) -> String,
+    pub(super) value: Value,
+}
+
+/// What a setting is, in TOML.
+#[derive(Clone, Copy)]
+pub(super) enum Value {
+    /// What the configuration has.
+    Of(fn(&Config) -> String),
+    /// The path of a file, which other things than the configuration may say, and an example of one, as there is no default.
+    Asset {
+        /// Which file.
+        kind: Kind,
+        /// In TOML.
+        example: &'static str,
+    },
+}
+
+impl Setting {
+    /// The part of the file that it is in.
+    pub(super) fn section(&self) -> &'static str {
+        self.key.split_once('.').map_or(self.key, |(section, _)| section)
+    }
+
+    /// What it is called there.
+    pub(super) fn name(&self) -> &'static str {
+        self.key.split_once('.').map_or("", |(_, name)| name)
+    }
 }
 
 /// The levels of the log by name.
@@ -39,138 +61,111 @@ const LEVELS: [(&str, LevelFilter); 4] = [
 pub(super) const SETTINGS: &[Setting] = &[
     Setting {
         key: "machine.memory_mib",
-        section: "machine",
-        name: "memory_mib",
         doc: &[
             "Memory in MiB of a machine whose containers have no memory limit, an even number; with limits, they count, and",
             "what the guest needs beside them. 512: the least that common server software starts in. The host gives what is",
             "touched.",
         ],
-        example: None,
         set: |config, value| {
             config.sizes.memory_mib = memory(value)?;
             Ok(())
         },
-        show: |config| config.sizes.memory_mib.to_string(),
+        value: Value::Of(|config| config.sizes.memory_mib.to_string()),
     },
     Setting {
         key: "machine.max_memory_mib",
-        section: "machine",
-        name: "max_memory_mib",
         doc: &[
             "The most memory in MiB that limits or annotations may ask for, also while the machine runs, an even number; more",
             "is refused. The default is the most a machine can have: what pods may ask for is bounded elsewhere already, in",
             "Kubernetes by quotas.",
         ],
-        example: None,
         set: |config, value| {
             config.sizes.max_memory_mib = memory(value)?;
             Ok(())
         },
-        show: |config| config.sizes.max_memory_mib.to_string(),
+        value: Value::Of(|config| config.sizes.max_memory_mib.to_string()),
     },
     Setting {
         key: "machine.vcpus",
-        section: "machine",
-        name: "vcpus",
         doc: &[
             "vCPUs of a machine whose containers have no CPU quota. One starts fastest and costs the host least.",
         ],
-        example: None,
         set: |config, value| {
             config.sizes.vcpus = cpus(value)?;
             Ok(())
         },
-        show: |config| config.sizes.vcpus.to_string(),
+        value: Value::Of(|config| config.sizes.vcpus.to_string()),
     },
     Setting {
         key: "machine.max_vcpus",
-        section: "machine",
-        name: "max_vcpus",
         doc: &[
             "The most vCPUs that quotas or annotations may ask for. The default is what a machine can have.",
         ],
-        example: None,
         set: |config, value| {
             config.sizes.max_vcpus = cpus(value)?;
             Ok(())
         },
-        show: |config| config.sizes.max_vcpus.to_string(),
+        value: Value::Of(|config| config.sizes.max_vcpus.to_string()),
     },
     Setting {
         key: "assets.kernel",
-        section: "assets",
-        name: "kernel",
         doc: &[
             "The guest kernel, an uncompressed ELF vmlinux. By default it is where `make install` puts it, so that program,",
             "kernel and initramfs are of one version. The option --kernel and the variable KVRUN_KERNEL come first.",
         ],
-        example: Some("\"/usr/local/share/kvrun/vmlinux\""),
         set: |config, value| {
             config.assets.kernel = Some(path(value)?);
             Ok(())
         },
-        show: |config| shown(config.assets.kernel.as_ref()),
+        value: Value::Asset { kind: Kind::Kernel, example: "\"/usr/local/share/kvrun/vmlinux\"" },
     },
     Setting {
         key: "assets.initramfs",
-        section: "assets",
-        name: "initramfs",
         doc: &["The initramfs with the agent, an uncompressed cpio archive. As above."],
-        example: Some("\"/usr/local/share/kvrun/initramfs.cpio\""),
         set: |config, value| {
             config.assets.initramfs = Some(path(value)?);
             Ok(())
         },
-        show: |config| shown(config.assets.initramfs.as_ref()),
+        value: Value::Asset { kind: Kind::Initramfs, example: "\"/usr/local/share/kvrun/initramfs.cpio\"" },
     },
     Setting {
         key: "assets.vmm",
-        section: "assets",
-        name: "vmm",
         doc: &["The program kvrun-vmm. As above."],
-        example: Some("\"/usr/local/libexec/kvrun/kvrun-vmm\""),
         set: |config, value| {
             config.assets.vmm = Some(path(value)?);
             Ok(())
         },
-        show: |config| shown(config.assets.vmm.as_ref()),
+        value: Value::Asset { kind: Kind::Vmm, example: "\"/usr/local/libexec/kvrun/kvrun-vmm\"" },
     },
     Setting {
         key: "log.level",
-        section: "log",
-        name: "level",
         doc: &[
             "What goes to containerd's log, or to the file of --log: error, warn, info or debug. info is a line when a",
             "container is created, started, ended and deleted. `debug` of containerd and --debug of kvrun come first.",
         ],
-        example: None,
         set: |config, value| {
             let name = if let DeValue::String(name) = value { name.as_ref() } else { "" };
             let level = LEVELS.into_iter().find(|(level, _)| *level == name);
             config.log_level = level.ok_or("\"error\", \"warn\", \"info\" or \"debug\"")?.1;
             Ok(())
         },
-        show: |config| {
+        value: Value::Of(|config| {
             let level = LEVELS.into_iter().find(|(_, level)| *level == config.log_level);
             format!("{:?}", level.map_or("", |(name, _)| name))
-        },
+        }),
     },
     Setting {
         key: "annotations.allowed",
-        section: "annotations",
-        name: "allowed",
         doc: &[
             "Annotations of pods and bundles that have an effect: \"io.kvrun.memory_mib\" and \"io.kvrun.vcpus\" say the size",
             "with which the machine starts, up to the most above. None by default, because whoever may create a pod writes",
             "them. One that begins with io.kvrun. and is not allowed is refused.",
         ],
-        example: None,
         set: |config, value| {
             config.allowed_annotations = allowed(value)?;
             Ok(())
         },
-        show: |config| format!("{:?}", config.allowed_annotations),
+        value: Value::Of(|config| format!("{:?}", config.allowed_annotations)),
     },
 ];
 
@@ -182,8 +177,8 @@ pub fn default_file() -> String {
     );
     let (config, mut section) = (Config::default(), "");
     for setting in SETTINGS {
-        if setting.section != section {
-            section = setting.section;
+        if setting.section() != section {
+            section = setting.section();
             // Writing to a string does not fail.
             let _ = writeln!(text, "\n[{section}]");
         } else {
@@ -192,9 +187,10 @@ pub fn default_file() -> String {
         for line in setting.doc {
             let _ = writeln!(text, "# {line}");
         }
-        let _ = match setting.example {
-            Some(example) => writeln!(text, "#{} = {example}", setting.name),
-            None => writeln!(text, "{} = {}", setting.name, (setting.show)(&config)),
+        let name = setting.name();
+        let _ = match setting.value {
+            Value::Asset { example, .. } => writeln!(text, "#{name} = {example}"),
+            Value::Of(show) => writeln!(text, "{name} = {}", show(&config)),
         };
     }
     text
@@ -225,10 +221,6 @@ fn path(value: &DeValue<'_>) -> Result<PathBuf, String> {
         DeValue::String(path) if path.starts_with('/') && !path.contains('\0') => Ok(path.as_ref().into()),
         _ => Err("an absolute path, in quotes".to_owned()),
     }
-}
-
-fn shown(path: Option<&PathBuf>) -> String {
-    path.map_or_else(String::new, |path| format!("{:?}", path.display().to_string()))
 }
 
 fn allowed(value: &DeValue<'_>) -> Result<Vec<&'static str>, String> {
