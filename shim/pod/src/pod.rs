@@ -185,24 +185,22 @@ impl Starting {
     pub fn spawn(assets: &Assets, config: VmConfig, share: BorrowedFd<'_>) -> Result<Self, PodError> {
         let spawned_ns = monotonic_ns();
         let kvm = open_kvm()?;
-        let starting = Self::boot(Vmm::spawn(&assets.vmm.path, Some(share))?, &kvm, assets, config)?;
-        Ok(Self { spawned_ns, ..starting })
+        Self::boot(Vmm::spawn(&assets.vmm.path, Some(share))?, &kvm, assets, config, spawned_ns)
     }
 
-    fn boot(vmm: Vmm, kvm: &File, assets: &Assets, config: VmConfig) -> Result<Self, PodError> {
+    fn boot(
+        vmm: Vmm,
+        kvm: &File,
+        assets: &Assets,
+        config: VmConfig,
+        spawned_ns: u64,
+    ) -> Result<Self, PodError> {
         tracing::debug!(memory_mib = config.memory_mib, vcpus = config.vcpus.boot, "booting");
         let ready = vmm.expect(READY_PORT);
         let growth = Growth::new(&config);
         let booting =
             vmm.boot(config, kvm.as_fd(), assets.kernel.file.as_fd(), assets.initramfs.file.as_fd());
-        Ok(Self {
-            booting: booting?,
-            vmm,
-            ready,
-            kernel: assets.kernel.path.clone(),
-            growth,
-            spawned_ns: monotonic_ns(),
-        })
+        Ok(Self { booting: booting?, vmm, ready, kernel: assets.kernel.path.clone(), growth, spawned_ns })
     }
 
     /// The VMM.

@@ -14,7 +14,7 @@ use crate::pod::{Pod, PodError};
 use crate::share::Place;
 use crate::text;
 
-/// The file system that the guest mounts from a disk, besides read-only images.
+/// The only file system that the guest mounts so.
 const FILE_SYSTEM: &str = "ext4";
 
 /// The machine has not got its root file system.

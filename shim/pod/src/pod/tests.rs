@@ -348,7 +348,7 @@ fn empty_state() -> VmState {
 /// A machine with that VMM.
 pub(crate) async fn boot(behaviour: impl FnOnce(FakeVmm) + Send + 'static) -> Result<Pod, PodError> {
     let assets = Assets { kernel: asset(), initramfs: asset(), vmm: asset() };
-    Starting::boot(fake(behaviour), &asset().file, &assets, machine(SIZE))?.ready().await
+    Starting::boot(fake(behaviour), &asset().file, &assets, machine(SIZE), monotonic_ns())?.ready().await
 }
 
 fn id() -> ContainerId {
