@@ -250,23 +250,28 @@ impl Share {
         let name = volume_name(number);
         self.attach(tree, &name, bind.is_directory())
             .inspect_err(|_| self.detach(&name, bind.is_directory()))?;
-        // To whom files belong is not in the table.
-        if bind.id_map().is_none() && volumes.alike(file).next().is_some() {
-            let there = std::fs::read_to_string("/proc/thread-self/mountinfo").map(|table| {
-                let path = |number| self.mounted.0.join(volume_name(number)).to_string_lossy().into_owned();
-                let new = volumes::escaped(&path(number));
-                volumes.alike(file).find(|old| volumes::serves(&table, &volumes::escaped(&path(*old)), &new))
-            });
-            if !matches!(there, Ok(None)) {
-                self.detach(&name, bind.is_directory());
-            }
-            if let Some(there) = there? {
-                volumes.use_again(there);
-                return Ok(there);
-            }
+        // To whom files belong is not in the table of mounts.
+        let there = if bind.id_map().is_some() { Ok(None) } else { self.that_serves(&volumes, file, number) };
+        let Some(there) = there.transpose() else {
+            volumes.insert(number, file, bind.is_directory());
+            return Ok(number);
+        };
+        self.detach(&name, bind.is_directory());
+        let there = there?;
+        volumes.use_again(there);
+        Ok(there)
+    }
+
+    /// A volume that serves as well as the one that was attached under a number.
+    fn that_serves(&self, volumes: &Volumes, file: FileId, number: u64) -> io::Result<Option<u64>> {
+        let mut alike = volumes.alike(file).peekable();
+        if alike.peek().is_none() {
+            return Ok(None);
         }
-        volumes.insert(number, file, bind.is_directory());
-        Ok(number)
+        let table = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
+        let path = |number| volumes::escaped(&self.mounted.0.join(volume_name(number)).to_string_lossy());
+        let new = path(number);
+        Ok(alike.find(|old| volumes::serves(&table, &path(*old), &new)))
     }
 
     /// Takes away what [`Share::add`] has added for a container, as far as no other one uses it; what that is to the guest. What the guest has still open
