@@ -9,9 +9,24 @@ use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxResources, LinuxSeccompActi
 
 use super::{Fault, mounts, namespaces};
 
-/// Character devices the guest has of its own, as (major, minor): null, zero, full, random, urandom, tty, console, ptmx, net/tun, fuse.
-const GUEST_DEVICES: [(i64, i64); 10] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+/// Character devices the guest has of its own: major, minor, where it has them.
+const GUEST_DEVICES: [(i64, i64, &str); 10] = [
+    (1, 3, "/dev/null"),
+    (1, 5, "/dev/zero"),
+    (1, 7, "/dev/full"),
+    (1, 8, "/dev/random"),
+    (1, 9, "/dev/urandom"),
+    (5, 0, "/dev/tty"),
+    (5, 1, "/dev/console"),
+    (5, 2, "/dev/ptmx"),
+    (10, 200, "/dev/net/tun"),
+    (10, 229, "/dev/fuse"),
+];
+
+/// Where the guest has a character device of its own.
+pub(super) fn guest_device(major: i64, minor: i64) -> Option<&'static str> {
+    GUEST_DEVICES.iter().find(|known| (known.0, known.1) == (major, minor)).map(|known| known.2)
+}
 
 /// The longest host and domain name in bytes (`__NEW_UTS_LEN`, Linux include/uapi/linux/utsname.h).
 const UTS_LEN: usize = 64;
@@ -235,9 +250,7 @@ fn devices(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
         let can_be = match device.typ() {
             // Block devices of the host become disks of the machine.
             LinuxDeviceType::P | LinuxDeviceType::B => true,
-            LinuxDeviceType::C | LinuxDeviceType::U => {
-                GUEST_DEVICES.contains(&(device.major(), device.minor()))
-            }
+            LinuxDeviceType::C | LinuxDeviceType::U => guest_device(device.major(), device.minor()).is_some(),
             LinuxDeviceType::A => false,
         };
         let problem = format!(

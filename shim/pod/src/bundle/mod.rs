@@ -229,7 +229,8 @@ impl Bundle {
 
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let opened = opener.file(&root, OFlags::NOFOLLOW);
-        let kind = opened.map_err(|source| BundleError::named(&config, "root.path", &root, source))?;
+        let stat = opened.map_err(|source| BundleError::named(&config, "root.path", &root, source))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
         let rootfs = directory.join(&root);
         if kind != FileType::Directory {
             // As in runc; a link could be made to point elsewhere between two looks at it.

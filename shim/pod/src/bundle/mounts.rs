@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, OFlags, Stat, major, minor};
 
 use super::open::Opener;
 use super::{BundleError, Fault};
@@ -23,6 +23,7 @@ pub struct Bind {
     recursively_read_only: bool,
     follows_host: bool,
     id_map: Option<IdMap>,
+    guest_device: Option<&'static str>,
 }
 
 impl Bind {
@@ -41,7 +42,12 @@ impl Bind {
         &self.path
     }
 
-    /// Whether the source is a directory; else it is a regular file.
+    /// If the source is a character device that the guest has of its own: where it has it. That is what the container gets, not the host's.
+    pub fn guest_device(&self) -> Option<&'static str> {
+        self.guest_device
+    }
+
+    /// Whether the source is a directory; else it is a regular file, or a device.
     pub fn is_directory(&self) -> bool {
         self.is_directory
     }
@@ -183,10 +189,12 @@ pub(super) fn open_binds(
         let path = mount.source().clone().unwrap_or_default();
         let field = format!("mounts[{index}].source");
         let opened = opener.file(&path, OFlags::empty());
-        let kind = opened.map_err(|source| BundleError::named(config, &field, &path, source))?;
-        if !is_shareable(kind) {
+        let stat = opened.map_err(|source| BundleError::named(config, &field, &path, source))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let guest_device = guest_device(&stat);
+        if !is_shareable(kind) && guest_device.is_none() {
             let problem = format!(
-                "{} is {}, which cannot be shared with a virtual machine; only directories and regular files can",
+                "{} is {}, which cannot be shared with a virtual machine; only directories, regular files and devices that the guest has of its own can",
                 path.display(),
                 name_of(kind)
             );
@@ -208,9 +216,17 @@ pub(super) fn open_binds(
             ),
             id_map: id_map(index, mount, spec)
                 .map_err(|fault| BundleError::Field { path: config.to_owned(), fault })?,
+            guest_device,
         });
     }
     Ok(binds)
+}
+
+fn guest_device(stat: &Stat) -> Option<&'static str> {
+    if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice {
+        return None;
+    }
+    super::check::guest_device(major(stat.st_rdev).into(), minor(stat.st_rdev).into())
 }
 
 fn name_of(kind: FileType) -> &'static str {

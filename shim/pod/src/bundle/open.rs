@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{Mode, OFlags, Stat, fstat, openat};
 
 use crate::network::NetworkNamespace;
 use crate::share::Trees;
@@ -23,7 +23,7 @@ impl Files {
         &self.config
     }
 
-    /// The root file system, and the source of each of [`Bundle::binds`](super::Bundle::binds): directories and regular files.
+    /// The root file system, and the source of each of [`Bundle::binds`](super::Bundle::binds).
     pub(crate) fn opened(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.opened.iter().map(AsFd::as_fd)
     }
@@ -43,7 +43,7 @@ pub struct HandedOver<'a> {
 /// Opens what a config names, in the order of the config.
 pub(super) trait Opener {
     /// A file or a directory; what it is.
-    fn file(&mut self, path: &Path, flags: OFlags) -> io::Result<FileType>;
+    fn file(&mut self, path: &Path, flags: OFlags) -> io::Result<Stat>;
     /// A network namespace.
     fn network(&mut self, path: &Path) -> io::Result<NetworkNamespace>;
 }
@@ -65,11 +65,11 @@ impl ByPath {
 }
 
 impl Opener for ByPath {
-    fn file(&mut self, path: &Path, flags: OFlags) -> io::Result<FileType> {
+    fn file(&mut self, path: &Path, flags: OFlags) -> io::Result<Stat> {
         let file = openat(&self.bundle, path, OFlags::PATH | OFlags::CLOEXEC | flags, Mode::empty())?;
-        let kind = kind_of(file.as_fd())?;
+        let stat = fstat(&file)?;
         self.opened.push(file);
-        Ok(kind)
+        Ok(stat)
     }
 
     fn network(&mut self, path: &Path) -> io::Result<NetworkNamespace> {
@@ -90,17 +90,13 @@ impl<'a> Opened<'a> {
 }
 
 impl Opener for Opened<'_> {
-    fn file(&mut self, _: &Path, _: OFlags) -> io::Result<FileType> {
-        kind_of(self.files.next().ok_or_else(missing)?)
+    fn file(&mut self, _: &Path, _: OFlags) -> io::Result<Stat> {
+        Ok(fstat(self.files.next().ok_or_else(missing)?)?)
     }
 
     fn network(&mut self, _: &Path) -> io::Result<NetworkNamespace> {
         self.network.take().ok_or_else(missing)
     }
-}
-
-fn kind_of(file: BorrowedFd<'_>) -> io::Result<FileType> {
-    Ok(FileType::from_raw_mode(fstat(file)?.st_mode))
 }
 
 /// A config has at most one network namespace, and as many files as whoever read it has found: it is another one.

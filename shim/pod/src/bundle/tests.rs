@@ -1,7 +1,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, makedev};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -220,16 +220,17 @@ fn mounts_must_be_possible_in_a_guest() {
     refused(&["mounts[1].source", "/no/such", "No such file"], mounts(bind("/no/such", json!([]))));
     refused(&["mounts[1].options", "shared"], mounts(bind("rootfs", json!(["rbind", "rshared"]))));
     refused(&["mounts[1]", "ID-mapped"], mounts(bind("rootfs", json!(["rbind", "idmap"]))));
-    refused(&["mounts[1].source", "/dev/null", "character device"], mounts(bind("/dev/null", json!([]))));
 }
 
 #[test]
-fn sockets_and_fifos_are_no_bind_sources() {
+fn sockets_fifos_and_devices_that_are_only_the_hosts_are_no_bind_sources() {
     let dir = tempfile::tempdir().unwrap();
-    let (socket, fifo) = (dir.path().join("socket"), dir.path().join("fifo"));
+    let (socket, fifo, memory) =
+        (dir.path().join("socket"), dir.path().join("fifo"), dir.path().join("memory"));
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
-    for (path, kind) in [(socket, "a socket"), (fifo, "a FIFO")] {
+    rustix::fs::mknodat(CWD, &memory, FileType::CharacterDevice, Mode::RWXU, makedev(1, 1)).unwrap();
+    for (path, kind) in [(socket, "a socket"), (fifo, "a FIFO"), (memory, "a character device")] {
         let path = path.display().to_string();
         refused(&["mounts[1].source", &path, kind], |c| {
             push(&mut c["mounts"], json!({"destination": "/a", "source": path, "options": ["bind"]}));

@@ -232,11 +232,16 @@ impl Share {
             root.set_path(place.root_in_guest().into());
         }
         for bind in bundle.binds() {
-            let added = next().and_then(|tree| self.add_volume(bind, &tree));
-            let volume = added.map_err(failed(bind.path()))?;
-            place.volumes.push(volume);
+            let tree = next().map_err(failed(bind.path()))?;
+            let source = if let Some(device) = bind.guest_device() {
+                PathBuf::from(device)
+            } else {
+                let volume = self.add_volume(bind, &tree).map_err(failed(bind.path()))?;
+                place.volumes.push(volume);
+                Path::new(GUEST_SHARE_DIR).join(volume_name(volume))
+            };
             if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
-                mount.set_source(Some(Path::new(GUEST_SHARE_DIR).join(volume_name(volume))));
+                mount.set_source(Some(source));
             }
         }
         Ok(spec)
