@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, UdpSocket};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -11,13 +11,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
-use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release};
+use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release, SHIM};
 use kvrun_e2e::cri::stream::{STATUS, STDIN, STDOUT};
 use kvrun_e2e::cri::{Cri, HOST, LINKS, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
 use kvrun_e2e::loop_device::Loop;
 use kvrun_e2e::netns::{self, Wire};
 use kvrun_e2e::{Case, Test, cases, time};
+use rustix::mount::{MountFlags, UnmountFlags, unmount};
 use serde_json::json;
 
 use crate::engines::is_served;
@@ -213,6 +214,9 @@ fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
         ensure!(first_process(&pod, id)?.starts_with("sleep 2147483647"), "{}", first_process(&pod, id)?);
         ensure!(pod.sh(id, "ps -o args | grep -c '[s]leep 1000'")? == "4\n", "{}", pod.sh(id, "ps")?);
     }
+    // What a container has started ends with it.
+    pod.stop(&first, GRACE)?;
+    ensure!(pod.sh(&second, "ps -o args | grep -c '[s]leep 1000'")? == "2\n", "{}", pod.sh(&second, "ps")?);
     pod.remove()?;
     // An ephemeral container looks at one that is there already.
     let pod = cri.run_pod(cri.pod_config("looked-at"))?;
@@ -424,9 +428,11 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     let cri = Cri::new(t)?;
     let pod = cri.run_pod(cri.pod_config("volumes"))?;
     let path = |name: &str| t.scratch().join(name);
-    for dir in ["config", "shared", "other"] {
+    for dir in ["config", "shared", "other", "empty", "memory"] {
         fs::create_dir(path(dir))?;
     }
+    // An emptyDir in memory, of a size.
+    rustix::mount::mount("tmpfs", path("memory"), "tmpfs", MountFlags::empty(), Some(c"size=1m"))?;
     publish(&path("config"), "one")?;
     for file in ["hosts", "log", "sub"] {
         fs::write(path(file), format!("{file}\n"))?;
@@ -440,6 +446,8 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
         mount(&path("sub"), "/etc/sub/path", true),
         mount(&path("hosts"), "/etc/hosts", false),
         mount(&path("log"), "/dev/termination-log", false),
+        mount(&path("empty"), "/empty", true),
+        mount(&path("memory"), "/memory", false),
     ];
     let mut second = script("second", SLEEP);
     second.mounts = vec![mount(&path("shared"), "/shared", false)];
@@ -458,6 +466,9 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     ensure!(pod.sh(&second, "cat /shared/file; ls /shared/nested")? == "first\n");
     ensure!(fs::read_to_string(path("other").join("file"))? == "nested\n");
     ensure!(fs::read_to_string(path("log"))? == "why\n");
+    ensure!(pod.sh(&first, "ls -A /empty")?.is_empty());
+    let finished = pod.exec(&first, "dd if=/dev/zero of=/memory/file bs=64k count=32")?;
+    ensure!(finished.code != 0 && finished.stderr.contains("No space left on device"), "{finished:?}");
     let size = pod.sh(&first, "df -k /dev/shm | tail -n 1 | awk '{print $2}'")?;
     ensure!(size == "65536\n", "{size}");
 
@@ -471,6 +482,7 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     fs::write(path("shared").join("file"), "later\n")?;
     ensure!(pod.sh(&second, "cat /shared/file && logger from second")? == "later\n");
     pod.remove()?;
+    unmount(path("memory"), UnmountFlags::empty())?;
     cri.end()
 }
 
@@ -523,8 +535,14 @@ fn security_context_holds(t: &Test) -> Result<()> {
     }
     let pod = cri.run_pod(config)?;
     let text = "exec 2>/dev/null; id -u; id -G; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status | tr -d '\\t'; \
-        echo x > /file || echo root: no; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; wc -c < /proc/cpuinfo";
+        echo x > /file || echo root: no; echo x > /group/file; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; wc -c < /proc/cpuinfo";
     let mut config = script("secure", text);
+    // A volume as a kubelet prepares it for `fsGroup`.
+    let volume = t.scratch().join("group");
+    fs::create_dir(&volume)?;
+    chown(&volume, None, Some(2000))?;
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770))?;
+    config.mounts = vec![mount(&volume, "/group", false)];
     let context = of_container(&mut config)?;
     context.run_as_user = Some(api::Int64Value { value: 1000 });
     context.run_as_group = Some(api::Int64Value { value: 1001 });
@@ -537,6 +555,8 @@ fn security_context_holds(t: &Test) -> Result<()> {
     });
     context.masked_paths = vec!["/proc/cpuinfo".to_owned()];
     pod.wait(&pod.start(config)?)?;
+    let written = fs::metadata(volume.join("file"))?;
+    ensure!((written.uid(), written.gid()) == (1000, 2000), "{written:?}");
     let log = pod.log("secure")?;
     for line in [
         "1000\n1001 2000\n",
@@ -554,12 +574,25 @@ fn security_context_holds(t: &Test) -> Result<()> {
     let mut config = cri.pod_config("privileged");
     of_pod(&mut config)?.privileged = true;
     let pod = cri.run_pod(config)?;
-    let text = "grep CapEff /proc/self/status; mkdir /mnt && mount -t tmpfs none /mnt && echo mounted; test -e /dev/vda || echo no disk";
+    let text = "grep CapEff /proc/self/status; mkdir /mnt && mount -t tmpfs none /mnt && echo mounted; test -e /dev/vda || echo no disk; \
+        ln -s usr/lib /lib; ln -s usr/lib64 /lib64; PATH=/usr/sbin:/usr/bin; exec 2>&1; \
+        ip tuntap add of-pod0 mode tun && ip -o link show of-pod0; nft add table inet of-pod && nft list tables; \
+        iptables-nft -A OUTPUT -d 192.0.2.1 -j REJECT && iptables-nft -S OUTPUT";
     let mut config = script("privileged", text);
     of_container(&mut config)?.privileged = true;
-    let ended = pod.wait(&pod.start(config)?)?;
+    // Programs of the host's that busybox does not have, and a device of which the guest has its own.
+    config.mounts =
+        vec![mount(Path::new("/usr"), "/usr", true), mount(Path::new("/dev/net/tun"), "/dev/net/tun", false)];
+    pod.wait(&pod.start(config)?)?;
     let log = pod.log("privileged")?;
-    ensure!(ended.exit_code == 0 && log.contains("CapEff:\t000001ffffffffff\nmounted\nno disk\n"), "{log}");
+    for line in [
+        "CapEff:\t000001ffffffffff\nmounted\nno disk\n",
+        "of-pod0: <",
+        "table inet of-pod\n",
+        "-A OUTPUT -d 192.0.2.1/32 -j REJECT",
+    ] {
+        ensure!(log.contains(line), "{line:?}: {log}");
+    }
     pod.remove()?;
     cri.end()
 }
@@ -596,6 +629,10 @@ fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
     let files = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
     ensure!(pod.sh(&id, files)? == "67108864\n50000 100000\n20\n", "{}", pod.sh(&id, files)?);
     ensure!(pod.sh(&id, "nproc")? == "2\n", "the machine has 1.5 CPUs, rounded up");
+    for (pid, _) in t.vmms()?.into_iter().chain(t.processes(SHIM)?) {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        ensure!(cgroup.contains(t.id()), "{pid} is not in the pod's cgroup: {cgroup}");
+    }
     let total: u64 = pod.sh(&id, "awk '/MemTotal/ {print $2}' /proc/meminfo")?.trim().parse()?;
     ensure!((256 << 10..384 << 10).contains(&total), "the machine has {total} KiB");
     pod.update(&id, limited(50_000, 96))?;
