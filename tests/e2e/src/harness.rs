@@ -14,6 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use kvrun_pod::pod::PodError;
+use kvrun_pod::text;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::fixture::Test;
@@ -227,6 +229,12 @@ fn in_own_process(case: &Case) -> ExitCode {
     };
     match run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
+        Err(error) => {
+            // Of machines that are run without kvrun's command line, which tells it itself.
+            let end = error.chain().find_map(|cause| cause.downcast_ref::<PodError>()?.vm_end());
+            let console = end.into_iter().flat_map(|end| text::lines(&end.console_tail));
+            let console: String = console.map(|line| format!("\nconsole: {line}")).collect();
+            fail(&format!("{error:#}{console}"))
+        }
     }
 }

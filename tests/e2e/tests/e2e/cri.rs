@@ -576,7 +576,7 @@ fn security_context_holds(t: &Test) -> Result<()> {
     let pod = cri.run_pod(config)?;
     let text = "grep CapEff /proc/self/status; mkdir /mnt && mount -t tmpfs none /mnt && echo mounted; test -e /dev/vda || echo no disk; \
         ln -s usr/lib /lib; ln -s usr/lib64 /lib64; PATH=/usr/sbin:/usr/bin; exec 2>&1; \
-        ip tuntap add of-pod0 mode tun && ip -o link show of-pod0; nft add table inet of-pod && nft list tables; \
+        /usr/bin/ip tuntap add of-pod0 mode tun && /usr/bin/ip -o link show of-pod0; nft add table inet of-pod && nft list tables; \
         iptables-nft -A OUTPUT -d 192.0.2.1 -j REJECT && iptables-nft -S OUTPUT";
     let mut config = script("privileged", text);
     of_container(&mut config)?.privileged = true;
