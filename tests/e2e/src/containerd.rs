@@ -57,7 +57,10 @@ impl Release {
         (other, networks): (&str, &Path),
     ) -> String {
         let (cni_config, networks) = (cni_config.display(), networks.display());
-        let runtime = format!("runtime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = true\n");
+        let runtime = format!(
+            "runtime_type = \"{RUNTIME}\"\nprivileged_without_host_devices = true\n\
+             privileged_without_host_devices_all_devices_allowed = true\n"
+        );
         let on_networks = format!("cni_conf_dir = \"{networks}\"\ncni_max_conf_num = 8\n");
         if self.config < 3 {
             let plugin = "plugins.'io.containerd.grpc.v1.cri'";
