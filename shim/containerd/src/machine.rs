@@ -1,12 +1,14 @@
 //! The machine of the pod.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use kvrun_pod::assets::{Assets, Named};
 use kvrun_pod::bundle::{Bundle, Files, HostNetwork, Spec};
 use kvrun_pod::cgroup::{self, HostCgroup};
 use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::debug;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::network::{Network, NetworkNamespace};
 use kvrun_pod::observe;
@@ -37,12 +39,14 @@ pub(crate) struct Host {
 pub(crate) struct Machine {
     /// Shows it to whoever asks.
     _observed: observe::Server,
+    /// Runs programs in the guest, if the configuration allows it.
+    _debugged: Option<debug::Server>,
     pub(crate) vm: Vm,
     /// That of the pod's first container.
     pub(crate) config: Config,
     /// Its links, if it is in a network namespace.
     network: tokio::sync::Mutex<Option<Network>>,
-    pub(crate) share: Share,
+    pub(crate) share: Arc<Share>,
     _cgroup: Option<HostCgroup>,
     _dir: ContainerDir,
 }
@@ -75,7 +79,7 @@ impl Machine {
             Some(path) => Some(HostCgroup::join(path, cgroup::Driver::of(path), &dir)?),
             None => None,
         };
-        let share = Share::mount(&host_side.mounts, &dir.make_share_directory()?)?;
+        let share = Arc::new(Share::mount(&host_side.mounts, &dir.make_share_directory()?)?);
         let starting = Starting::spawn(&assets, engine::machine(size), share.directory())?;
         // If this process is killed, somebody else may have to end the VMM.
         record.vmm = starting.vmm().process().ok();
@@ -89,9 +93,20 @@ impl Machine {
         let labels = observe::Labels { namespace: host_side.namespace.clone(), pod: id.to_string() };
         let observed =
             observe::Server::start(&vm, dir.as_fd(), labels).map_err(host("listen on the pod's socket"))?;
+        let debugged = debug::Server::start(&vm, &share, &config, dir.as_fd())
+            .map_err(host("listen on the debug socket"))?;
         let network = tokio::sync::Mutex::new(network);
         Ok((
-            Self { _observed: observed, vm, config, network, share, _cgroup: cgroup, _dir: dir },
+            Self {
+                _observed: observed,
+                _debugged: debugged,
+                vm,
+                config,
+                network,
+                share,
+                _cgroup: cgroup,
+                _dir: dir,
+            },
             spec,
             place,
         ))

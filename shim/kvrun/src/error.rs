@@ -10,6 +10,7 @@ use kvrun_pod::cgroup::CgroupError;
 use kvrun_pod::config::ConfigError;
 use kvrun_pod::container::{CreateError, ProgramFault};
 use kvrun_pod::container_id::{ContainerId, InvalidContainerId};
+use kvrun_pod::debug::DebugError;
 use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
 use kvrun_pod::network::NetworkError;
@@ -101,6 +102,12 @@ pub(crate) enum Error {
         id: String,
         #[source]
         source: FetchError,
+    },
+    #[error("run a program in the machine of container {id}")]
+    NotDebugged {
+        id: String,
+        #[source]
+        source: DebugError,
     },
     #[error("container {id} cannot be removed: its process does not end although it was killed")]
     Unkillable { id: ContainerId },

@@ -17,6 +17,7 @@ mod cli;
 mod commands;
 mod create;
 mod daemon;
+mod debug;
 mod engine;
 mod env;
 mod error;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(global, &args.create, args.keep, &log),
         Command::Create(args) => create::create(global, args, &log).map(|()| 0),
         Command::Exec(args) => exec::exec(global, args, &log),
+        Command::Debug(args) => debug::debug(global, args, &log),
         command => simple(global, command, &log).map(|()| 0),
     };
     match done {
@@ -88,7 +90,7 @@ fn simple(global: &cli::Global, command: &Command, log: &log::Log) -> Result<(),
         Command::Logs(args) => observe::guest_log(global, &args.id),
         Command::Spec(args) => spec::spec(args),
         Command::Features => features::features(),
-        Command::Run(_) | Command::Create(_) | Command::Exec(_) => Ok(()),
+        Command::Run(_) | Command::Create(_) | Command::Exec(_) | Command::Debug(_) => Ok(()),
         Command::Check | Command::Env | Command::Config(_) => Ok(()),
     }
 }

@@ -35,6 +35,14 @@ impl AsyncChannel {
         unsafe { AsyncFd::register(Socket(channel)) }.map(Self).map_err(io::Error::from)
     }
 
+    /// As [`AsyncChannel::new`], of a `SOCK_SEQPACKET` socket that is connected.
+    ///
+    /// # Errors
+    /// As [`AsyncChannel::new`].
+    pub fn of_socket(socket: OwnedFd) -> Result<Self, ChannelError> {
+        Ok(Self::new(socket.into()).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?)
+    }
+
     /// Sends a message without waiting.
     ///
     /// # Errors

@@ -13,7 +13,7 @@
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
 //! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
-//! containers ask. [`observe`] shows the pod's metrics and its guest's log to whoever asks.
+//! containers ask. [`observe`] shows the pod's metrics and its guest's log to whoever asks, and [`debug`] runs programs in the guest.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
 //!
@@ -31,6 +31,7 @@ pub mod channel;
 pub mod config;
 pub mod container;
 pub mod container_id;
+pub mod debug;
 pub mod disks;
 pub mod growth;
 pub mod hooks;

@@ -28,6 +28,8 @@ const CGROUPS: &str = "cgroups";
 pub const SOCKET: &str = "monitor.sock";
 /// The socket on which a machine can be looked at ([`crate::observe`]).
 pub const POD_SOCKET: &str = "pod.sock";
+/// The socket on which programs are run in a guest ([`crate::debug`]).
+pub const DEBUG_SOCKET: &str = "debug.sock";
 /// The most that is read from a file of ours.
 const MAX_FILE: u64 = 64 * 1024;
 /// How often a directory that is removed while we open it is made again.
@@ -193,7 +195,7 @@ impl ContainerDir {
                 }
             }
         }
-        let files = [CGROUPS, SOCKET, POD_SOCKET, record::NEW_FILE, record::FILE]
+        let files = [CGROUPS, SOCKET, POD_SOCKET, DEBUG_SOCKET, record::NEW_FILE, record::FILE]
             .map(|name| (name, AtFlags::empty()));
         for (name, flags) in files.into_iter().chain([(SHARE, AtFlags::REMOVEDIR)]) {
             match unlinkat(&self.dir, name, flags) {

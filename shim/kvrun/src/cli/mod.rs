@@ -180,6 +180,8 @@ pub(crate) enum Command {
     Metrics(MetricsArgs),
     /// Print the log of a guest's kernel and agent
     Logs(LogsArgs),
+    /// Run a program of the directory debug.root of the configuration in a guest, with all that the guest has
+    Debug(DebugArgs),
     /// Write a configuration to begin with, look for mistakes in one, or print what is in effect
     Config(ConfigArgs),
 }
@@ -227,6 +229,16 @@ pub(crate) struct LogsArgs {
     /// Name of a container, or of a pod of containerd, alone or behind its namespace and a slash
     #[arg(value_name = "ID")]
     pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DebugArgs {
+    /// Name of a container, or of a pod of containerd, alone or behind its namespace and a slash
+    #[arg(value_name = "ID")]
+    pub(crate) id: String,
+    /// The program and its arguments [default: sh]
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -44,7 +44,7 @@ fn see(global: &Global, id: &str, page: Page) -> Result<String, Error> {
 }
 
 /// The state directory of a machine: that of a container below `--root`, or else of a pod of containerd, which a namespace and a slash before its ID make plain.
-fn find(global: &Global, name: &str) -> Result<OwnedFd, Error> {
+pub(crate) fn find(global: &Global, name: &str) -> Result<OwnedFd, Error> {
     let (namespace, id) = name.split_once('/').map_or((None, name), |(namespace, id)| (Some(namespace), id));
     let id: ContainerId = id.parse()?;
     if namespace.is_none()

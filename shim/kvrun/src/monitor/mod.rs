@@ -28,6 +28,7 @@ use kvrun_pod::agent::ProcEntry;
 use kvrun_pod::annotations;
 use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, Process as OciProcess};
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::debug;
 use kvrun_pod::hooks;
 use kvrun_pod::network::{self, Identity, NetworkNamespace};
 use kvrun_pod::observe;
@@ -59,6 +60,8 @@ const BACKLOG: i32 = 128;
 pub(crate) struct Monitor {
     /// Shows it to whoever asks.
     _observed: observe::Server,
+    /// Runs programs in the guest, if the configuration allows it.
+    _debugged: Option<debug::Server>,
     pod: Pod,
     /// By the configuration with which the machine was made.
     allowed_annotations: Vec<&'static str>,
@@ -101,8 +104,11 @@ impl Monitor {
         let labels = observe::Labels { namespace: String::new(), pod: id.to_string() };
         let observed = observe::Server::start(&pod, prepared.dir().as_fd(), labels)
             .map_err(host("listen on the pod's socket"))?;
+        let debugged = debug::Server::start(&pod, &share, prepared.config(), prepared.dir().as_fd())
+            .map_err(host("listen on the debug socket"))?;
         Ok(Arc::new(Self {
             _observed: observed,
+            _debugged: debugged,
             pod,
             allowed_annotations: prepared.config().allowed_annotations.clone(),
             share,

@@ -18,6 +18,7 @@ mod process;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
@@ -29,6 +30,7 @@ pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
 use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
 use open::{ByPath, Opened, Opener};
 pub use open::{Files, HandedOver};
+pub use process::CAPABILITIES;
 
 use crate::container_id::ContainerId;
 use crate::network::NetworkNamespace;
@@ -165,6 +167,12 @@ impl HostNetwork {
     }
 }
 
+fn open_directory(path: &Path) -> Result<OwnedFd, BundleError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = openat(CWD, path, flags, Mode::empty());
+    opened.map_err(|e| BundleError::Open { path: path.to_owned(), source: e.into() })
+}
+
 impl Bundle {
     /// Reads the bundle in a directory, and opens what it names. If that is to be shared ([`Trees::of`](crate::share::Trees::of)), after
     /// [`enter_mount_namespace`](crate::share::enter_mount_namespace): mounts of another namespace cannot be cloned.
@@ -180,19 +188,25 @@ impl Bundle {
     /// # Errors
     /// [`BundleError`].
     pub fn load_beside(directory: &Path, siblings: Siblings<'_>) -> Result<(Self, Files), BundleError> {
-        let open_error = |path: &Path| {
-            let path = path.to_owned();
-            move |e: rustix::io::Errno| BundleError::Open { path, source: e.into() }
-        };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let bundle = openat(CWD, directory, flags, Mode::empty()).map_err(open_error(directory))?;
+        let bundle = open_directory(directory)?;
         let path = directory.join("config.json");
         // O_NONBLOCK: a FIFO must not make us wait for its writer.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = openat(&bundle, "config.json", flags, Mode::empty()).map_err(open_error(&path))?;
+        let file = openat(&bundle, "config.json", flags, Mode::empty());
+        let file = file.map_err(|e| BundleError::Open { path: path.clone(), source: e.into() })?;
         let config = read(&path, file.into())?;
         let mut by_path = ByPath::new(bundle);
         let bundle = Self::resolve(directory, &config, siblings, &mut by_path)?;
+        Ok((bundle, by_path.into_files(config)))
+    }
+
+    /// As [`Bundle::load`], of a directory that has no `config.json`, with this one instead.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn of_config(directory: &Path, config: Vec<u8>) -> Result<(Self, Files), BundleError> {
+        let mut by_path = ByPath::new(open_directory(directory)?);
+        let bundle = Self::resolve(directory, &config, &|_| None, &mut by_path)?;
         Ok((bundle, by_path.into_files(config)))
     }
 

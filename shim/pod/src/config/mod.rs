@@ -125,6 +125,8 @@ pub struct Config {
     pub log_level: LevelFilter,
     /// The annotations of [`crate::annotations`] that have an effect.
     pub allowed_annotations: Vec<&'static str>,
+    /// The directory with the programs that may be run in guests ([`crate::debug`]); without one, none may.
+    pub debug_root: Option<PathBuf>,
     /// The keys that the text has set.
     given: Vec<&'static str>,
 }
@@ -136,6 +138,7 @@ impl Default for Config {
             assets: Paths::default(),
             log_level: LevelFilter::INFO,
             allowed_annotations: Vec::new(),
+            debug_root: None,
             given: Vec::new(),
         }
     }

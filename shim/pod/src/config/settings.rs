@@ -1,7 +1,7 @@
 //! The table of all settings.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvrun_vmm_api::config::{MAX_MEMORY_MIB, MAX_VCPUS, MEM_BLOCK_MIB};
 use toml::de::DeValue;
@@ -166,6 +166,20 @@ pub(super) const SETTINGS: &[Setting] = &[
             Ok(())
         },
         value: Value::Of(|config| format!("{:?}", config.allowed_annotations)),
+    },
+    Setting {
+        key: "debug.root",
+        doc: &[
+            "A directory with the programs that `kvrun debug` may run in the guests of machines made from now on, as their root file",
+            "system: bin/sh, for example. They may do anything in the guest, and the guest can read the directory. \"\", the",
+            "default: none may be run.",
+        ],
+        set: |config, value| {
+            let is_off = matches!(value, DeValue::String(text) if text.is_empty());
+            config.debug_root = if is_off { None } else { Some(path(value)?) };
+            Ok(())
+        },
+        value: Value::Of(|config| format!("{:?}", config.debug_root.as_deref().unwrap_or(Path::new("")))),
     },
 ];
 

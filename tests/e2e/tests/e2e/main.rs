@@ -9,6 +9,7 @@ mod command_line;
 mod config;
 mod containerd;
 mod cri;
+mod debug;
 mod deploy;
 mod engines;
 mod exec;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         hooks::CASES,
         network::CASES,
         observe::CASES,
+        debug::CASES,
         engines::podman::CASES,
         engines::docker::CASES,
         pods::CASES,
