@@ -19,6 +19,8 @@ use crate::time;
 pub const IMAGE: &str = "localhost/busybox:latest";
 /// The same, whose containers do nothing: for the sandboxes of pods.
 pub const PAUSE: &str = "localhost/pause:latest";
+/// One that has no layers, so that its containers have no files.
+pub const EMPTY: &str = "localhost/empty:latest";
 /// What containerd calls us.
 pub const RUNTIME: &str = "io.containerd.kvrun.v2";
 /// The name of a shim's process.
@@ -301,18 +303,24 @@ fn image_archive(dir: &Path) -> Result<PathBuf> {
     let text = String::from_utf8(sum.stdout)?;
     let digest = format!("sha256:{}", text.split(' ').next().unwrap_or_default());
     let mut manifest = Vec::new();
-    for (name, file, command) in
-        [(IMAGE, "config.json", json!(["sh"])), (PAUSE, "pause.json", json!(["sleep", "2147483647"]))]
-    {
+    for (name, file, command, layers) in [
+        (IMAGE, "config.json", json!(["sh"]), 1),
+        (PAUSE, "pause.json", json!(["sleep", "2147483647"]), 1),
+        (EMPTY, "empty.json", json!(["sh"]), 0),
+    ] {
         let config = json!({
             "architecture": "amd64", "os": "linux",
             "config": {"Env": ["PATH=/bin"], "Cmd": command},
-            "rootfs": {"type": "layers", "diff_ids": [digest]},
+            "rootfs": {"type": "layers", "diff_ids": vec![&digest; layers]},
         });
         fs::write(dir.join(file), config.to_string())?;
-        manifest.push(json!({"Config": file, "RepoTags": [name], "Layers": ["layer.tar"]}));
+        manifest.push(json!({"Config": file, "RepoTags": [name], "Layers": vec!["layer.tar"; layers]}));
     }
     fs::write(dir.join("manifest.json"), serde_json::Value::from(manifest).to_string())?;
-    bundle::archive(dir, &archive, &["manifest.json", "config.json", "pause.json", "layer.tar"])?;
+    bundle::archive(
+        dir,
+        &archive,
+        &["manifest.json", "config.json", "pause.json", "empty.json", "layer.tar"],
+    )?;
     Ok(archive)
 }

@@ -188,6 +188,16 @@ impl<'a> Cri<'a> {
         list.items.into_iter().try_for_each(|pod| self.remove(pod.id))
     }
 
+    /// The IDs of all containers there are.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn containers(&self) -> Result<Vec<String>> {
+        let request = api::ListContainersRequest::default();
+        let list = self.call(async |mut client| client.list_containers(request).await)?;
+        Ok(list.containers.into_iter().map(|container| container.id).collect())
+    }
+
     fn remove(&self, id: String) -> Result<()> {
         let request = api::StopPodSandboxRequest { pod_sandbox_id: id.clone() };
         self.call(async |mut client| client.stop_pod_sandbox(request).await).context("stop a pod")?;

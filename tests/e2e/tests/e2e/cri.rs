@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
-use kvrun_e2e::containerd::{IMAGE, INSTALLED, OLDER, RUNTIME, Release, SHIM};
+use kvrun_e2e::containerd::{EMPTY, IMAGE, INSTALLED, OLDER, RUNTIME, Release, SHIM};
 use kvrun_e2e::cri::stream::{STATUS, STDIN, STDOUT};
 use kvrun_e2e::cri::{Cri, HOST, LINKS, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
@@ -22,10 +22,12 @@ use rustix::mount::{MountFlags, UnmountFlags, unmount};
 use serde_json::json;
 
 use crate::engines::is_served;
+use crate::pod_faults::nothing_is_left;
 
 pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
     processes_are_seen_by_whom_it_is_asked_for,
+    pod_is_deleted_while_its_container_starts,
     pods_reach_each_other_by_every_way,
     pod_is_on_links_of_every_kind_of_cni,
     volumes_are_seen_as_they_change,
@@ -144,6 +146,10 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
     missing.command = vec!["/no/such/program".to_owned()];
     let error = pod.start(missing).err().context("it cannot run")?;
     ensure!(format!("{error:#}").contains("does not exist in the container"), "{error:#}");
+    let mut empty = script("empty", "");
+    empty.image = Some(api::ImageSpec { image: EMPTY.to_owned(), ..Default::default() });
+    let error = pod.start(empty).err().context("there is nothing to run")?;
+    ensure!(format!("{error:#}").contains("executable file not found in $PATH"), "{error:#}");
     // The pod outlives containerd.
     cri.containerd().kill()?;
     cri.start_again()?;
@@ -230,6 +236,29 @@ fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
         pod.sh(&debugger, "ps")?
     );
     pod.remove()?;
+    cri.end()
+}
+
+fn pod_is_deleted_while_its_container_starts(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    // Before containerd has heard of the container, or once it has.
+    for (name, known) in [("at-once", 0), ("later", 1)] {
+        let pod = cri.run_pod(cri.pod_config(name))?;
+        thread::scope(|scope| -> Result<()> {
+            let starting = scope.spawn(|| pod.start(script("main", SLEEP)));
+            time::until("the container is known", || Ok(cri.containers()?.len() >= known))?;
+            let removed = cri.remove_all();
+            // It may have come first, or too late: then it is an error, which is containerd's to word.
+            let _started = starting.join().map_err(|_| anyhow::anyhow!("a panic"))?;
+            removed
+        })?;
+        // What came too late a kubelet removes when it finds it.
+        for container in cri.containers()? {
+            pod.remove_container(&container)?;
+        }
+        cri.remove_all()?;
+        nothing_is_left(&cri).context(name)?;
+    }
     cri.end()
 }
 
