@@ -46,8 +46,8 @@ pub const KERNEL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k noreplac
 
 /// The version of the KVM API; it will not change (Linux Documentation/virt/kvm/api.rst, 4.1).
 const KVM_API_VERSION: i32 = 12;
-/// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for five block devices or links.
-pub const SLOTS: u8 = 8;
+/// How many virtio-mmio slots a machine has: vsock, rng, the share, and room for thirteen block devices or links.
+pub const SLOTS: u8 = 16;
 /// The slot of the share.
 pub const SHARE_SLOT: u8 = FIRST_FREE_SLOT;
 /// How long a guest may take from its first instruction to an agent that answers. 0.1 s on hardware; an emulated machine

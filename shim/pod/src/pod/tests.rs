@@ -501,3 +501,12 @@ fn host_without_kvm_is_told_what_to_do() {
     let not_kvm = sys::kvm_api_version(&null).unwrap_err();
     assert_eq!(error(not_kvm), "/dev/kvm: not a KVM device; run `kvrun check`");
 }
+
+#[test]
+fn slots_are_taken_once_until_there_is_none() {
+    let slots = Slots::default();
+    let all: Vec<u8> = std::iter::from_fn(|| slots.take()).collect();
+    assert_eq!(all, (SHARE_SLOT + 1..SLOTS).collect::<Vec<_>>());
+    slots.free(all[2]);
+    assert_eq!((slots.take(), slots.take()), (Some(all[2]), None));
+}

@@ -362,7 +362,7 @@ fn what_a_guest_cannot_have_is_refused_by_name(t: &Test) -> Result<()> {
         &["ip route add 10.77.0.0/16 nexthop via 10.9.1.3 nexthop via 10.9.1.4"],
         &["10.77.0.0/16", "several next hops"],
     )?;
-    let many: Vec<String> = (0..6)
+    let many: Vec<String> = (0..14)
         .flat_map(|i| {
             [format!("ip link add many{i} type veth peer name mate{i}"), format!("ip link set many{i} up")]
         })
