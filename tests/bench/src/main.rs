@@ -89,7 +89,7 @@ fn main() -> Result<()> {
         measure(&stage, bundle, args.runs, &mut report)?;
     }
     if let Some(initramfs) = initramfs {
-        let scratch = std::path::absolute(args.json.parent().unwrap_or(Path::new("")))?;
+        let scratch = std::path::absolute(&args.json)?.with_file_name("");
         io::measure(&stage, initramfs, &scratch, args.runs, &args.only, &mut report)?;
     }
     if *pod {
