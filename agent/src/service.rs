@@ -572,7 +572,7 @@ impl From<LimitError> for Failure {
     fn from(err: LimitError) -> Self {
         let code = match &err {
             LimitError::Field { .. } => Code::INVALID_ARGUMENT,
-            LimitError::Write { .. } => Code::INTERNAL,
+            LimitError::Write { .. } | LimitError::HugePages(_) => Code::INTERNAL,
         };
         Self::new(code, error_chain(&err))
     }

@@ -33,7 +33,14 @@ pub enum LimitError {
         #[source]
         source: io::Error,
     },
+    /// There cannot be huge pages.
+    #[error("linux.resources.hugepageLimits: cannot have the kernel make huge pages")]
+    HugePages(#[source] io::Error),
 }
+
+/// How many huge pages of the usual size the kernel makes as they are asked for, beside those that it keeps, of which there are none
+/// (Linux 6.12 Documentation/admin-guide/mm/hugetlbpage.rst).
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 
 /// What is to be written, in order.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,6 +70,10 @@ pub fn apply(dir: &Path, resources: &LinuxResources) -> Result<(), LimitError> {
             value,
             source,
         })?;
+    }
+    // From the first container on that may have some: who has no limit is not charged for them elsewhere.
+    if resources.hugepage_limits().iter().flatten().any(|limit| limit.limit() > 0) {
+        fs::write(HUGE_PAGES, u32::MAX.to_string()).map_err(LimitError::HugePages)?;
     }
     Ok(())
 }

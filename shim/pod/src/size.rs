@@ -7,7 +7,7 @@
 //!   needs: 64 MiB for kernel, initramfs, agent and page cache of its own, and 1/32 of the limit for what the kernel
 //!   keeps per page of memory (64 bytes of `struct page` for every 4 KiB is 1/64; the hash tables sized by memory and reclaim's
 //!   reserves are the rest). So the limit is reached, and reported, in the container's cgroup before the machine
-//!   itself runs out. Rounded up to 2 MiB, so that huge pages fit; at least [`MIN_MEMORY_MIB`].
+//!   itself runs out. Rounded up to 2 MiB, so that huge pages fit; at least [`MIN_MEMORY_MIB`]. `linux.resources.hugepageLimits` come on top.
 //!
 //! The first container of a Kubernetes pod has no limits worth speaking of: it holds namespaces. So where annotations of containerd's CRI plugin say what the
 //! pod's containers come to (its `pkg/cri/annotations`: `sandbox-cpu-quota`, `-period` and `-memory`), these count instead.
@@ -219,7 +219,7 @@ impl VmSize {
         for demand in demands {
             millionths = millionths.saturating_add(demand.millionths());
             up_to = up_to.max(demand.cpus);
-            memory = memory.saturating_add(demand.memory);
+            memory = memory.saturating_add(demand.memory).saturating_add(demand.huge_pages);
         }
         let cpus = millionths.div_ceil(demand::MILLION).max(up_to.into()).max(self.vcpus.boot.into());
         let most = self.vcpus.max;
@@ -250,7 +250,8 @@ impl Sizes {
 
     fn needed_memory(&self, spec: &Spec) -> Result<u32, SizeError> {
         let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(LinuxMemory::limit);
-        self.memory_for(annotation(spec, POD_MEMORY)?.or(limit))
+        let huge_pages = resources(spec).and_then(huge_pages).unwrap_or(0);
+        self.memory_for(annotation(spec, POD_MEMORY)?.or(limit), huge_pages)
     }
 
     fn asked_vcpus(&self, spec: &Spec) -> Result<Option<u8>, SizeError> {
@@ -278,15 +279,24 @@ impl Sizes {
         u8::try_from(cpus).ok().filter(|c| *c <= max).ok_or(SizeError::Vcpus { quota, period, cpus, max })
     }
 
-    fn memory_for(&self, limit: Option<i64>) -> Result<u32, SizeError> {
+    fn memory_for(&self, limit: Option<i64>, huge_pages: u64) -> Result<u32, SizeError> {
         // -1 is "no limit" (config-linux.md, Memory).
-        let Some(limit) = limit.and_then(|l| u64::try_from(l).ok()).filter(|l| *l > 0) else {
-            return Ok(self.memory_mib);
-        };
+        let limit = limit.and_then(|l| u64::try_from(l).ok()).filter(|l| *l > 0);
+        let least = if limit.is_some() { 0 } else { self.memory_mib };
+        let limit = limit.unwrap_or(0).saturating_add(huge_pages);
+        if limit == 0 {
+            return Ok(least);
+        }
         let max = self.max_memory_mib;
         let total = u32::try_from(with_overhead(limit)).ok().filter(|total| *total <= max);
-        total.ok_or(SizeError::Memory { limit, max })
+        Ok(total.ok_or(SizeError::Memory { limit, max })?.max(least))
     }
+}
+
+/// What limits of huge pages come to, in bytes, if there are some. They are not in the limit of memory.
+fn huge_pages(resources: &LinuxResources) -> Option<u64> {
+    let limits = resources.hugepage_limits().as_ref()?;
+    Some(limits.iter().fold(0, |sum, limit| sum.saturating_add(u64::try_from(limit.limit()).unwrap_or(0))))
 }
 
 /// What one of our own annotations asks for, if it is there.

@@ -10,7 +10,8 @@ use super::{BundleError, Fault};
 use crate::share::is_shareable;
 
 /// File systems a container may have mounted: those of the guest's kernel that need nothing of the host.
-const TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];
+const TYPES: [&str; 9] =
+    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs", "hugetlbfs"];
 
 /// A bind mount whose source was found.
 #[derive(Debug)]

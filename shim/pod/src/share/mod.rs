@@ -19,6 +19,7 @@
 //!   for those below too; unless another container of the pod may write to the same: then it is up to the guest, in which both are. So is that no device node of the host can be opened through the share.
 //! * The tmpfs itself is read-only to the VMM: a guest cannot fill the host's memory through it.
 
+mod huge_pages;
 mod id_map;
 mod mount_points;
 mod trees;
@@ -43,6 +44,7 @@ use crate::bundle::{Bind, Bundle};
 use crate::root_disk::RootDisk;
 use crate::sys::{self, MountAttr};
 
+use huge_pages::HugePages;
 pub use mount_points::MountPointError;
 pub use trees::Trees;
 use trees::clone_tree;
@@ -233,6 +235,12 @@ impl Share {
         }
         for bind in bundle.binds() {
             let tree = next().map_err(failed(bind.path()))?;
+            let mount = spec.mounts_mut().as_mut().and_then(|mounts| mounts.get_mut(bind.index()));
+            let Some(mount) = mount else { continue };
+            if let Some(huge_pages) = HugePages::of(&tree).map_err(failed(bind.path()))? {
+                huge_pages.mount_instead(mount);
+                continue;
+            }
             let source = if let Some(device) = bind.guest_device() {
                 PathBuf::from(device)
             } else {
@@ -240,9 +248,7 @@ impl Share {
                 place.volumes.push(volume);
                 Path::new(GUEST_SHARE_DIR).join(volume_name(volume))
             };
-            if let Some(mount) = spec.mounts_mut().as_mut().and_then(|m| m.get_mut(bind.index())) {
-                mount.set_source(Some(source));
-            }
+            mount.set_source(Some(source));
         }
         Ok(spec)
     }

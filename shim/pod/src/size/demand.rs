@@ -3,7 +3,7 @@
 use kvrun_vmm_api::config::MAX_VCPUS;
 use oci_spec::runtime::{LinuxMemory, LinuxResources, Spec};
 
-use super::{DEFAULT_PERIOD_US, SizeError, up_to_last};
+use super::{DEFAULT_PERIOD_US, SizeError, huge_pages, up_to_last};
 
 /// What a container asks of the machine it is in, by its limits: without any, nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct Demand {
     pub(super) cpus: u8,
     /// In bytes; 0: no limit.
     pub(super) memory: u64,
+    /// In bytes.
+    pub(super) huge_pages: u64,
 }
 
 /// A CPU, in the unit in which parts of CPUs are added up.
@@ -51,6 +53,7 @@ impl Demand {
         if let Some(limit) = limit.filter(|limit| *limit != 0) {
             new.memory = or_none(limit);
         }
+        new.huge_pages = huge_pages(resources).unwrap_or(new.huge_pages);
         Ok(new)
     }
 

@@ -6,7 +6,7 @@ fn vcpus(quota: Option<i64>, period: Option<u64>) -> Result<u8, SizeError> {
 }
 
 fn memory_mib(limit: Option<i64>) -> Result<u32, SizeError> {
-    Sizes::default().memory_for(limit)
+    Sizes::default().memory_for(limit, 0)
 }
 
 fn with_annotations(annotations: &[(&str, &str)]) -> Spec {
@@ -72,9 +72,9 @@ fn memory_limit_gets_the_guests_own_need_on_top() {
 #[test]
 fn configuration_has_the_defaults_and_the_most() {
     let sizes = Sizes { memory_mib: 256, max_memory_mib: 600, vcpus: 2, max_vcpus: 4 };
-    assert_eq!((sizes.memory_for(None), sizes.vcpus_for(None, None)), (Ok(256), Ok(2)));
-    assert_eq!(sizes.memory_for(Some(512 << 20)), Ok(592));
-    assert_eq!(sizes.memory_for(Some(1 << 30)), Err(SizeError::Memory { limit: 1 << 30, max: 600 }));
+    assert_eq!((sizes.memory_for(None, 0), sizes.vcpus_for(None, None)), (Ok(256), Ok(2)));
+    assert_eq!(sizes.memory_for(Some(512 << 20), 0), Ok(592));
+    assert_eq!(sizes.memory_for(Some(1 << 30), 0), Err(SizeError::Memory { limit: 1 << 30, max: 600 }));
     assert!(matches!(sizes.vcpus_for(Some(500_000), None), Err(SizeError::Vcpus { cpus: 5, max: 4, .. })));
     assert_eq!(up_to_last("4", 4), Err(SizeError::Cpus { list: "4".into(), max: 4 }));
 }
@@ -154,8 +154,30 @@ fn total_of_what_the_machine_was_made_for_is_its_size_at_the_start() {
 }
 
 #[test]
+fn huge_pages_come_on_top() {
+    let of = |json: &str| {
+        let mut spec = Spec::default();
+        spec.set_linux(Some(serde_json::from_str(&format!(r#"{{"resources":{json}}}"#)).unwrap()));
+        VmSize::for_spec(&spec, &Sizes::default()).unwrap().memory_mib
+    };
+    let huge = r#""hugepageLimits":[{"pageSize":"2MB","limit":268435456},{"pageSize":"1GB","limit":0}]"#;
+    assert_eq!(
+        of(&format!(r#"{{"memory":{{"limit":268435456}},{huge}}}"#)),
+        of(r#"{"memory":{"limit":536870912}}"#)
+    );
+    // Without a limit of memory, in what there is by default, as far as they fit.
+    assert_eq!(of(&format!("{{{huge}}}")), 512);
+    assert_eq!(
+        of(r#"{"hugepageLimits":[{"pageSize":"2MB","limit":1073741824}]}"#),
+        of(r#"{"memory":{"limit":1073741824}}"#)
+    );
+}
+
+#[test]
 fn what_an_update_does_not_name_stays() {
-    let before = demand(r#"{"cpu":{"quota":50000,"period":20000,"cpus":"0-1"},"memory":{"limit":4096}}"#);
+    let before = demand(
+        r#"{"cpu":{"quota":50000,"period":20000,"cpus":"0-1"},"memory":{"limit":4096},"hugepageLimits":[{"pageSize":"2MB","limit":1}]}"#,
+    );
     let updated = |json: &str| before.updated(&serde_json::from_str(json).unwrap()).unwrap();
     for nothing in ["{}", r#"{"cpu":{"quota":0,"period":0,"cpus":""},"memory":{"limit":0}}"#] {
         assert_eq!(updated(nothing), before);
@@ -164,6 +186,8 @@ fn what_an_update_does_not_name_stays() {
     // A period without a quota is one without a limit.
     assert_eq!(updated(r#"{"cpu":{"period":10000}}"#).millionths(), 0);
     assert_eq!(updated(r#"{"memory":{"limit":-1}}"#), Demand { memory: 0, ..before.clone() });
+    let huge_pages = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":2097152}]}"#;
+    assert_eq!(updated(huge_pages), Demand { huge_pages: 2 << 20, ..before.clone() });
     assert_eq!(updated(r#"{"cpu":{"cpus":"0"}}"#), Demand { cpus: 1, ..before.clone() });
     let wrong = serde_json::from_str(r#"{"cpu":{"cpus":"a"}}"#).unwrap();
     assert_eq!(before.updated(&wrong), Err(SizeError::Cpus { list: "a".to_owned(), max: MAX_VCPUS }));

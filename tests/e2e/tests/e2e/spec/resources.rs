@@ -1,7 +1,10 @@
 //! `linux.resources`, as far as `crate::resources` does not have it: what the files of the container's cgroup say, and what they do.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use kvrun_e2e::{Case, Test, cases};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
 
 use super::output;
@@ -13,6 +16,7 @@ pub(crate) const CASES: &[Case] = cases![
     cpus_and_memory_nodes,
     block_io_weight,
     huge_page_limit,
+    huge_pages_of_the_host_are_the_guests,
     unified_files,
     limits_that_contradict_each_other_are_named,
     unified_file_that_is_not_there_is_named,
@@ -64,6 +68,23 @@ fn huge_page_limit(t: &Test) -> Result<()> {
     let limit = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}]});
     let text = files(t, "hugetlb.2MB.max", &limit)?;
     ensure!(text == "4194304\n", "{text}");
+    Ok(())
+}
+
+fn huge_pages_of_the_host_are_the_guests(t: &Test) -> Result<()> {
+    let volume = t.scratch().join("huge");
+    fs::create_dir(&volume)?;
+    mount("hugetlbfs", &volume, "hugetlbfs", MountFlags::empty(), Some(c"pagesize=2M,mode=1770,gid=5"))?;
+    let text = "grep -o '/huge hugetlbfs rw' /proc/mounts; stat -c '%a %g' /huge; fallocate -l 4194304 /huge/file && \
+        cat /sys/fs/cgroup/hugetlb.2MB.current; fallocate -l 16777216 /huge/more 2>/dev/null || echo limited";
+    let bundle = t.script(text)?.with_bind(&volume, "/huge", &["rbind", "rprivate"])?.with(|spec| {
+        spec["linux"]["resources"] = json!({
+            "memory": {"limit": 64 << 20}, "hugepageLimits": [{"pageSize": "2MB", "limit": 8 << 20}],
+        });
+    })?;
+    let seen = t.run(&bundle)?.exited(0).stderr("").text();
+    ensure!(seen == "/huge hugetlbfs rw\n1770 5\n4194304\nlimited\n", "{seen}");
+    unmount(&volume, UnmountFlags::empty())?;
     Ok(())
 }
 
