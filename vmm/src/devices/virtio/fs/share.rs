@@ -14,6 +14,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
@@ -28,6 +29,11 @@ use crate::jail;
 const AUTO_VALIDITY: Duration = Duration::from_secs(1);
 /// The same with [`FsCache::Always`]: what virtiofsd itself takes for it.
 const ALWAYS_VALIDITY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What the guest's overlayfs writes down about a directory it changes (Linux 6.12 Documentation/filesystems/overlayfs.rst, "Permission model"), under names that
+/// are not for the host's root only, which this process is not. The guest has no other way to these.
+const XATTR_MAP: &str =
+    "/prefix/all/trusted.overlay./user.virtiofs./ /bad/client/user.virtiofs.// /ok/all///";
 
 /// A directory the guest may use. Its session state (open files, known inodes) belongs to one activation of the device.
 pub(super) struct Share {
@@ -103,6 +109,7 @@ impl ShareSource {
             allow_mmap: true,
             writeback: writeback && !read_only,
             xattr: true,
+            xattrmap: Some(XattrMap::try_from(XATTR_MAP).map_err(io::Error::other)?),
             posix_acl: NegotiationMode::Auto,
             // The root file system and volumes mounted below it have inode numbers in common.
             announce_submounts: true,

@@ -162,6 +162,25 @@ fn extended_attributes_work() {
 }
 
 #[test]
+fn attributes_of_an_overlay_have_another_name_on_the_host() {
+    const ON_HOST: &str = "user.virtiofs.trusted.overlay.opaque";
+    let mut guest = Guest::mounted(false);
+    let (entry, _) = guest.create(ROOT, "f", libc::O_RDWR, 0o100_644).unwrap();
+    let named = |name: &str| {
+        let mut args = with_names(fields(&[1, 0, 0, 0]), &[name]);
+        args.extend(b"y");
+        args
+    };
+    guest.call(op::SETXATTR, entry.node, &named("trusted.overlay.opaque")).unwrap();
+    let mut value = [0; 2];
+    assert_eq!(rustix::fs::getxattr(guest.dir.path().join("f"), ON_HOST, &mut value), Ok(1));
+    assert_eq!(value[0], b'y');
+    let get = with_names(fields(&[64, 0]), &["trusted.overlay.opaque"]);
+    assert_eq!(guest.call(op::GETXATTR, entry.node, &get).unwrap(), b"y");
+    assert_eq!(guest.call(op::SETXATTR, entry.node, &named(ON_HOST)).unwrap_err(), libc::EPERM);
+}
+
+#[test]
 fn a_link_out_of_the_share_leads_nowhere_on_the_host() {
     let mut guest = Guest::mounted(false);
     let outside = tempfile::tempdir().unwrap();
