@@ -3,7 +3,7 @@
 //! * [`init`] - what PID 1 does from its first instruction to the ready signal: boot marks ([`arch`]), the file systems of
 //!   the guest ([`boot`]), the log ([`kmsg`]), then the listeners ([`descriptor`]) and the service.
 //! * [`service`] - the RPCs of `agent.proto`: checks a request, calls one of the modules below, and gives errors their code.
-//! * [`slots`], [`mounts`], [`path`] - devices that the VMM attaches, and the file systems on them.
+//! * [`slots`], [`mounts`], [`overlay`], [`path`] - devices that the VMM attaches, and the file systems on them.
 //! * [`network`] - links, addresses and routes of the guest; [`forward`] - connections of the engine to its loopback.
 //! * [`cpus`] - vCPUs brought online and taken offline.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
@@ -27,6 +27,7 @@ pub mod kmsg;
 pub mod mounts;
 pub mod network;
 pub mod oci;
+pub mod overlay;
 pub mod path;
 pub mod power;
 pub mod reaper;

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, mkdirat, openat, statx, syncfs, unlinkat};
 
+use crate::overlay::{Made, Overlay};
 use crate::path::{PathError, RunPath, of_fd};
 
 /// Why a mount or an unmount failed.
@@ -43,6 +44,9 @@ pub enum MountError {
         #[source]
         errno: Errno,
     },
+    /// The directories of an overlay that are changed cannot be made.
+    #[error("cannot make the directories for what is changed in {0}")]
+    Changes(RunPath, #[source] io::Error),
     /// What was written to it is not on its device.
     #[error("cannot write out what {mount_point} has in memory")]
     Sync {
@@ -72,6 +76,8 @@ pub struct Mount {
     flags: MsFlags,
     /// Options of the file system.
     data: Option<&'static str>,
+    /// What an overlay is made of; that is in its options, too.
+    overlay: Option<Overlay>,
 }
 
 impl Mount {
@@ -85,6 +91,7 @@ impl Mount {
         source: &str,
         mount_point: &str,
         read_only: bool,
+        layers: &[String],
     ) -> Result<Self, MountError> {
         let bad_source = |what| MountError::Source(source.chars().take(64).collect(), what);
         let block_device = || {
@@ -94,6 +101,7 @@ impl Mount {
             }
             Ok(())
         };
+        let mut overlay = None;
         let fs_type = match kind {
             Some(Kind::VIRTIOFS) => {
                 // virtio 1.3 section 5.11.4: the tag is up to 36 bytes.
@@ -110,6 +118,10 @@ impl Mount {
                 block_device()?;
                 "erofs"
             }
+            Some(Kind::OVERLAY) => {
+                overlay = Some(Overlay::parse(source, layers)?);
+                "overlay"
+            }
             Some(Kind::KIND_UNSPECIFIED) | None => {
                 return Err(MountError::Kind(source.chars().take(64).collect()));
             }
@@ -121,10 +133,29 @@ impl Mount {
         let data = dax.then_some("dax=always");
         Ok(Self {
             fs_type,
-            source: source.to_owned(),
+            source: if overlay.is_some() { fs_type } else { source }.to_owned(),
             mount_point: RunPath::parse(mount_point)?,
             flags,
             data,
+            overlay,
+        })
+    }
+
+    fn make(&self) -> Result<(), MountError> {
+        let target = self.mount_point.open_or_create()?;
+        let made = self.overlay.as_ref().map(Overlay::make).transpose()?;
+        let data = made.as_ref().map(Made::options).or(self.data.map(str::to_owned));
+        let (source, fs_type) = (Some(self.source.as_str()), Some(self.fs_type));
+        nix::mount::mount(source, &of_fd(&target), fs_type, self.flags, data.as_deref()).map_err(|errno| {
+            if let Some(made) = made {
+                made.remove();
+            }
+            MountError::Mount {
+                source_name: self.source.clone(),
+                fs_type: self.fs_type,
+                mount_point: self.mount_point.clone(),
+                errno,
+            }
         })
     }
 }
@@ -182,21 +213,15 @@ impl Mounts {
             if table.mounted.contains_key(&mount.mount_point) {
                 return Err(MountError::Taken(mount.mount_point.clone()));
             }
+            let mut layers = mount.overlay.iter().flat_map(Overlay::layers);
+            if let Some(missing) = layers.find(|layer| !table.mounted.contains_key(layer)) {
+                return Err(MountError::NotMounted(missing.clone()));
+            }
             table.next += 1;
             let order = table.next;
             table.mounted.insert(mount.mount_point.clone(), order);
         }
-        let result = mount.mount_point.open_or_create().map_err(MountError::from).and_then(|target| {
-            let (source, fs_type) = (Some(mount.source.as_str()), Some(mount.fs_type));
-            nix::mount::mount(source, &of_fd(&target), fs_type, mount.flags, mount.data).map_err(|errno| {
-                MountError::Mount {
-                    source_name: mount.source.clone(),
-                    fs_type: mount.fs_type,
-                    mount_point: mount.mount_point.clone(),
-                    errno,
-                }
-            })
-        });
+        let result = mount.make();
         if result.is_err() {
             self.table().mounted.remove(&mount.mount_point);
         }
@@ -259,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_request_is_checked_part_by_part() {
-        let parse = |kind, source: &str| Mount::parse(kind, source, "/run/kvrun/m", false);
+        let parse = |kind, source: &str| Mount::parse(kind, source, "/run/kvrun/m", false, &[]);
         assert_eq!(parse(Some(Kind::VIRTIOFS), "share").unwrap().fs_type, "virtiofs");
         assert!(parse(Some(Kind::EROFS), "/dev/vda").unwrap().flags.contains(MsFlags::MS_RDONLY));
         assert_eq!(parse(Some(Kind::EROFS), "/dev/vda").unwrap().data, None);
@@ -268,9 +293,13 @@ mod tests {
             assert!(matches!(parse(Some(Kind::EXT4), source), Err(MountError::Source(..))), "{source:?}");
         }
         assert!(matches!(parse(Some(Kind::VIRTIOFS), &"t".repeat(37)), Err(MountError::Source(..))));
+        assert!(
+            matches!(parse(Some(Kind::OVERLAY), "/run/kvrun/c"), Err(MountError::Source(..))),
+            "no layers"
+        );
         assert!(matches!(parse(None, "share"), Err(MountError::Kind(_))));
         assert!(matches!(parse(Some(Kind::KIND_UNSPECIFIED), "share"), Err(MountError::Kind(_))));
-        let outside = Mount::parse(Some(Kind::VIRTIOFS), "share", "/etc", false);
+        let outside = Mount::parse(Some(Kind::VIRTIOFS), "share", "/etc", false, &[]);
         assert!(matches!(outside, Err(MountError::Path(_))));
     }
 
@@ -285,6 +314,7 @@ mod tests {
             mount_point: RunPath::parse(point).unwrap(),
             flags: MsFlags::empty(),
             data: None,
+            overlay: None,
         };
         let outer = mount("/run/kvrun/outer");
         mounts.mount(&outer).unwrap();

@@ -269,8 +269,8 @@ impl Agent for AgentService {
 
     async fn mount(&self, _: &TtrpcContext, request: MountRequest) -> ttrpc::Result<Empty> {
         let kind = request.kind.enum_value().ok();
-        let mount = Mount::parse(kind, &request.source, &request.mount_point, request.read_only)
-            .map_err(Failure::from)?;
+        let MountRequest { source, mount_point, read_only, layers, .. } = &request;
+        let mount = Mount::parse(kind, source, mount_point, *read_only, layers).map_err(Failure::from)?;
         let parts = self.0.clone();
         blocking(move || Ok(parts.mounts.mount(&mount)?)).await?;
         Ok(Empty::new())
@@ -635,6 +635,7 @@ impl From<MountError> for Failure {
             MountError::Unmount { errno: nix::errno::Errno::EBUSY, .. } => Code::FAILED_PRECONDITION,
             MountError::Path(PathError::Open { .. })
             | MountError::Mount { .. }
+            | MountError::Changes(..)
             | MountError::Sync { .. }
             | MountError::Unmount { .. } => Code::INTERNAL,
         };
