@@ -14,6 +14,7 @@ use kvrun_pod::container_id::InvalidContainerId;
 use kvrun_pod::disks::DiskError;
 use kvrun_pod::growth::GrowthError;
 use kvrun_pod::hooks::HookError;
+use kvrun_pod::layers::LayersError;
 use kvrun_pod::network::NetworkError;
 use kvrun_pod::pod::PodError;
 use kvrun_pod::root_disk::RootDiskError;
@@ -103,6 +104,14 @@ pub(crate) enum Error {
     /// The disk with the root file system.
     #[error(transparent)]
     RootDisk(#[from] RootDiskError),
+    /// The layers of the root file system.
+    #[error(transparent)]
+    Layers(#[from] LayersError),
+    /// The same, and without them it is of no use.
+    #[error(
+        "the root file system cannot be served as files, for it was changed by a guest that had its layers"
+    )]
+    NotAsFiles(#[source] LayersError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -164,6 +173,9 @@ impl Error {
                 GrowthError::NotPlugged { .. } => Code::DEADLINE_EXCEEDED,
                 _ => Code::INTERNAL,
             },
+            Self::Layers(error) | Self::NotAsFiles(error) => {
+                error.pod_error().map_or(Code::FAILED_PRECONDITION, code_of)
+            }
             Self::Network(NetworkError::Host { .. }) => Code::INTERNAL,
             // What the namespace has is none of our making.
             Self::Network(_) => Code::FAILED_PRECONDITION,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvrun_pod::assets::{Assets, Named};
-use kvrun_pod::bundle::{Bundle, Files, HostNetwork, Spec};
+use kvrun_pod::bundle::{self, Bundle, Files, HostNetwork, Spec};
 use kvrun_pod::cgroup::{self, HostCgroup};
 use kvrun_pod::config::Config;
 use kvrun_pod::container_id::ContainerId;
@@ -132,6 +132,21 @@ impl Machine {
             network.update(&self.vm).await?;
         }
         Ok(())
+    }
+
+    /// Shares the files of a container that was loaded by this process; its spec, as it is in the guest.
+    pub(crate) fn add_to_share(
+        &self,
+        bundle: &Bundle,
+        files: &Files,
+        is_first: bool,
+    ) -> Result<(Spec, Place), Error> {
+        let (mut spec, place) = self.share.add(bundle, Trees::of(bundle, files)?)?;
+        // That of the first one is the machine's.
+        if !is_first && matches!(bundle.network(), HostNetwork::New) {
+            bundle::add_network_namespace(&mut spec);
+        }
+        Ok((spec, place))
     }
 
     /// Takes a container's files away, which nothing in the guest uses any more.

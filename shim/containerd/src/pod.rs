@@ -12,14 +12,13 @@ use containerd_shim::protos::api::Status as State;
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskOOM, TaskStart};
 use containerd_shim::protos::types::mount::Mount;
 use kvrun_pod::annotations;
-use kvrun_pod::bundle::{self, Bundle, HostNetwork, Spec};
+use kvrun_pod::bundle::{Bundle, Root, Spec};
 use kvrun_pod::config::{Config, Source};
 use kvrun_pod::container::Exit;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::share::Trees;
-use kvrun_pod::{hooks, root_disk, text};
+use kvrun_pod::{hooks, layers, root_disk, text};
 use tokio::sync::Semaphore;
 
 use crate::container::Container;
@@ -109,18 +108,17 @@ impl Pod {
         let (mut bundle, files) = Bundle::load_beside(&path, &sibling)?;
         let image = rootfs.image.take();
         if image.is_some() {
-            bundle.set_root_on_disk();
+            bundle.set_root(Root::Disk);
+        } else if rootfs.layers.is_some() {
+            bundle.set_root(Root::Layers);
         }
         let task = Arc::new(Task::new(&plan.id, "", plan.names)?);
         let is_first = machine.is_none();
-        let (used, spec, mut place) = match &*machine {
+        let (used, mut spec, mut place) = match &*machine {
             Some(machine) => {
                 annotations::check(&bundle.annotations(), &machine.config.allowed_annotations)?;
                 machine.check_network(&bundle, &task).await?;
-                let (mut spec, place) = machine.share.add(&bundle, Trees::of(&bundle, &files)?)?;
-                if matches!(bundle.network(), HostNetwork::New) {
-                    bundle::add_network_namespace(&mut spec);
-                }
+                let (spec, place) = machine.add_to_share(&bundle, &files, false)?;
                 (Arc::clone(machine), spec, place)
             }
             None => {
@@ -136,6 +134,22 @@ impl Pod {
         let made = async {
             if let Some(image) = image {
                 root_disk::mount(&used.vm, &mut place, image).await?;
+            }
+            if let Some(root) = rootfs.layers.take()
+                && let Err(error) = layers::mount(&used.vm, &mut place, &root).await
+            {
+                if !error.is_refusal() {
+                    return Err(error.into());
+                }
+                if root.is_guests() {
+                    return Err(Error::NotAsFiles(error));
+                }
+                tracing::info!(error = %text::chain(&error), "layers are served as files");
+                rootfs.serve_files()?;
+                let (files, instead);
+                (bundle, files) = Bundle::load_beside(&path, &sibling)?;
+                (spec, instead) = used.add_to_share(&bundle, &files, is_first)?;
+                used.forget(&std::mem::replace(&mut place, instead)).await;
             }
             self.make(&used, &bundle, &spec, &task).await
         };

@@ -220,6 +220,26 @@ impl Agent {
         self.mount(api::mount_request::Kind::EXT4, &format!("/dev/{device}"), mount_point, read_only).await
     }
 
+    /// Mounts an overlay of mounted layers, the uppermost first; `changes` is a directory of the guest, made if it is missing, for what is changed in it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn mount_overlay(
+        &self,
+        layers: Vec<String>,
+        changes: &str,
+        mount_point: &str,
+    ) -> Result<(), AgentError> {
+        self.request_mount(api::MountRequest {
+            kind: api::mount_request::Kind::OVERLAY.into(),
+            source: changes.to_owned(),
+            mount_point: mount_point.to_owned(),
+            layers,
+            ..Default::default()
+        })
+        .await
+    }
+
     async fn mount(
         &self,
         kind: api::mount_request::Kind,
@@ -227,13 +247,17 @@ impl Agent {
         mount_point: &str,
         read_only: bool,
     ) -> Result<(), AgentError> {
-        let request = api::MountRequest {
+        self.request_mount(api::MountRequest {
             kind: kind.into(),
             source: source.to_owned(),
             mount_point: mount_point.to_owned(),
             read_only,
             ..Default::default()
-        };
+        })
+        .await
+    }
+
+    async fn request_mount(&self, request: api::MountRequest) -> Result<(), AgentError> {
         self.bounded("mount a file system", REQUEST_TIMEOUT, self.client.mount(Context::default(), &request))
             .await
             .map(drop)

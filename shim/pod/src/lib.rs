@@ -13,7 +13,8 @@
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
 //! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
-//! containers ask. [`observe`] shows the pod's metrics and its guest's log to whoever asks, and [`debug`] runs programs in the guest.
+//! containers ask. Root file systems that the guest mounts itself are on a disk ([`root_disk`]) or in [`layers`]. [`observe`] shows the pod's metrics and its guest's
+//! log to whoever asks, and [`debug`] runs programs in the guest.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
 //!
@@ -36,6 +37,7 @@ pub mod disks;
 pub mod growth;
 pub mod hooks;
 pub mod host_process;
+pub mod layers;
 pub mod log;
 pub mod network;
 pub mod observe;

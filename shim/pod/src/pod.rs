@@ -23,6 +23,7 @@ use crate::container::{Container, CreateError, ProgramFault};
 use crate::container_id::ContainerId;
 use crate::disks::{self, Disks};
 use crate::growth::{self, Growth};
+use crate::layers::{self, Layers};
 use crate::process::Process;
 use crate::root_disk;
 use crate::share::{GUEST_SHARE_DIR, Place, SHARE_TAG, Share};
@@ -234,7 +235,15 @@ impl Starting {
         };
         let ((), agent) = tokio::try_join!(attached, answering)?;
         let boot = BootTimes { spawned_ns, ready_ns: spawned_ns };
-        let mut pod = Pod { vmm, agent, growth, slots: Arc::default(), disks: Arc::default(), boot };
+        let mut pod = Pod {
+            vmm,
+            agent,
+            growth,
+            slots: Arc::default(),
+            disks: Arc::default(),
+            layers: Arc::default(),
+            boot,
+        };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
         pod.or_death(pod.agent.mount_virtiofs(SHARE_TAG, GUEST_SHARE_DIR)).await?;
         pod.boot.ready_ns = monotonic_ns();
@@ -265,6 +274,7 @@ pub struct Pod {
     pub(crate) growth: Arc<Growth>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) disks: Arc<Disks>,
+    pub(crate) layers: Arc<Layers>,
     pub(crate) boot: BootTimes,
 }
 
@@ -275,7 +285,13 @@ pub(crate) struct Slots(AtomicU64);
 impl Slots {
     /// A slot for a device, if there is one left.
     pub(crate) fn take(&self) -> Option<u8> {
-        let first_free = |taken: u64| (SHARE_SLOT + 1..SLOTS).find(|slot| taken & (1 << slot) == 0);
+        self.take_leaving(0)
+    }
+
+    /// The same, if so many are left after that.
+    pub(crate) fn take_leaving(&self, left: usize) -> Option<u8> {
+        let free = |taken: u64| (SHARE_SLOT + 1..SLOTS).filter(move |slot| taken & (1 << slot) == 0);
+        let first_free = |taken| if free(taken).count() > left { free(taken).next() } else { None };
         let take = |taken| first_free(taken).map(|slot| taken | 1 << slot);
         let before = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
         first_free(before)
@@ -396,6 +412,9 @@ impl Pod {
     pub async fn take_from_share(&self, share: &Share, place: &Place) {
         if let Some(disk) = &place.root_disk {
             root_disk::unmount(self, disk).await;
+        }
+        if let Some(layers) = &place.layers {
+            layers::unmount(self, layers).await;
         }
         let removed = share.remove(place);
         // Else what the guest remembers of them keeps them open here, and their file systems with them.

@@ -27,6 +27,8 @@ pub const RUNTIME: &str = "io.containerd.kvrun.v2";
 pub const SHIM: &str = "containerd-shim";
 /// Where shims listen, and clients have their FIFOs: fixed by `containerd` and `ctr`.
 const RUN: &str = "/run/containerd";
+/// The layer with busybox, in the directory of its files.
+const USERLAND: &str = "layer.tar";
 /// Its configuration, in the directory of its files.
 const CONFIG: &str = "config.toml";
 
@@ -97,6 +99,14 @@ pub struct Containerd<'a> {
     namespace: &'static str,
 }
 
+/// An image to import.
+struct Image<'a> {
+    name: &'a str,
+    /// The names of its archives, the lowest first.
+    layers: &'a [&'a str],
+    command: &'a [&'a str],
+}
+
 /// Plugins that no test needs: each costs time at the start.
 pub(crate) const UNUSED: [&str; 6] = [
     "io.containerd.internal.v1.tracing",
@@ -153,9 +163,62 @@ impl<'a> Containerd<'a> {
         fs::write(&path, config)?;
         let daemon = Mutex::new(start(test, release, &path)?);
         let containerd = Self { test, release, daemon, dir, namespace };
-        let archive = image_archive(&containerd.dir)?;
-        containerd.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
+        let root = containerd.dir.join("image");
+        userland(&root)?;
+        bundle::archive(&root, &containerd.dir.join(USERLAND), &["."])?;
+        containerd.import(&[
+            Image { name: IMAGE, layers: &[USERLAND], command: &["sh"] },
+            Image { name: PAUSE, layers: &[USERLAND], command: &["sleep", "2147483647"] },
+            Image { name: EMPTY, layers: &[], command: &["sh"] },
+        ])?;
         Ok(containerd)
+    }
+
+    /// Gives it an image of the userland and further layers, the lowest first: each has files by their names and contents.
+    ///
+    /// # Errors
+    /// When they cannot be written, or it does not take them.
+    pub fn import_layers(&self, name: &str, layers: &[&[(&str, &str)]]) -> Result<()> {
+        let mut names = vec![USERLAND.to_owned()];
+        for (number, files) in layers.iter().enumerate() {
+            let (root, layer) = (self.dir.join(format!("layer{number}")), format!("layer{number}.tar"));
+            for (path, text) in *files {
+                let path = root.join(path);
+                fs::create_dir_all(path.parent().unwrap_or(&root))?;
+                fs::write(path, text)?;
+            }
+            bundle::archive(&root, &self.dir.join(&layer), &["."])?;
+            names.push(layer);
+        }
+        let layers: Vec<&str> = names.iter().map(String::as_str).collect();
+        self.import(&[Image { name, layers: &layers, command: &["sh"] }])
+    }
+
+    /// Gives it images whose layers are archives in its directory, in the format of `docker save`.
+    fn import(&self, images: &[Image<'_>]) -> Result<()> {
+        let dir = &self.dir;
+        let mut files = vec!["manifest.json".to_owned()];
+        let mut manifest = Vec::new();
+        for (number, image) in images.iter().enumerate() {
+            let digests = image.layers.iter().map(|layer| digest(&dir.join(layer)));
+            let config = json!({
+                "architecture": "amd64", "os": "linux",
+                "config": {"Env": ["PATH=/bin"], "Cmd": image.command},
+                "rootfs": {"type": "layers", "diff_ids": digests.collect::<Result<Vec<_>>>()?},
+            });
+            let file = format!("config{number}.json");
+            fs::write(dir.join(&file), config.to_string())?;
+            manifest.push(json!({"Config": file, "RepoTags": [image.name], "Layers": image.layers}));
+            files.push(file);
+            files.extend(image.layers.iter().map(|layer| (*layer).to_owned()));
+        }
+        files.sort();
+        files.dedup();
+        fs::write(dir.join("manifest.json"), serde_json::Value::from(manifest).to_string())?;
+        let archive = dir.join("image.tar");
+        bundle::archive(dir, &archive, &files.iter().map(String::as_str).collect::<Vec<_>>())?;
+        self.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
+        Ok(())
     }
 
     /// A `ctr` command that runs in the background, with its streams on pipes.
@@ -294,33 +357,9 @@ pub(crate) fn start(test: &Test, release: &Release, config: &Path) -> Result<Run
     Ok(daemon)
 }
 
-/// The images in the format of `docker save`.
-fn image_archive(dir: &Path) -> Result<PathBuf> {
-    let (root, layer, archive) = (dir.join("image"), dir.join("layer.tar"), dir.join("image.tar"));
-    userland(&root)?;
-    bundle::archive(&root, &layer, &["."])?;
-    let sum = Command::new("sha256sum").arg(&layer).output()?;
+/// How an image names a file.
+fn digest(file: &Path) -> Result<String> {
+    let sum = Command::new("sha256sum").arg(file).output()?;
     let text = String::from_utf8(sum.stdout)?;
-    let digest = format!("sha256:{}", text.split(' ').next().unwrap_or_default());
-    let mut manifest = Vec::new();
-    for (name, file, command, layers) in [
-        (IMAGE, "config.json", json!(["sh"]), 1),
-        (PAUSE, "pause.json", json!(["sleep", "2147483647"]), 1),
-        (EMPTY, "empty.json", json!(["sh"]), 0),
-    ] {
-        let config = json!({
-            "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/bin"], "Cmd": command},
-            "rootfs": {"type": "layers", "diff_ids": vec![&digest; layers]},
-        });
-        fs::write(dir.join(file), config.to_string())?;
-        manifest.push(json!({"Config": file, "RepoTags": [name], "Layers": vec!["layer.tar"; layers]}));
-    }
-    fs::write(dir.join("manifest.json"), serde_json::Value::from(manifest).to_string())?;
-    bundle::archive(
-        dir,
-        &archive,
-        &["manifest.json", "config.json", "pause.json", "empty.json", "layer.tar"],
-    )?;
-    Ok(archive)
+    Ok(format!("sha256:{}", text.split(' ').next().unwrap_or_default()))
 }

@@ -125,10 +125,21 @@ pub struct Bundle {
     path: PathBuf,
     spec: Spec,
     rootfs: PathBuf,
-    root_on_disk: bool,
+    root: Root,
     binds: Vec<Bind>,
     network: HostNetwork,
     siblings: Vec<ContainerId>,
+}
+
+/// What the directory is that a config names as root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// The root file system.
+    Files,
+    /// An empty one, over which the guest mounts it from a disk ([`root_disk`](crate::root_disk)).
+    Disk,
+    /// One for what is changed in it; the guest mounts that and its layers over it ([`layers`](crate::layers)).
+    Layers,
 }
 
 /// The network namespace that the config asks for.
@@ -255,7 +266,7 @@ impl Bundle {
         }
         let binds = mounts::open_binds(&config, &spec, opener)?;
         let (path, siblings) = (directory.to_owned(), resolved.siblings);
-        Ok(Self { path, spec, rootfs, root_on_disk: false, binds, network, siblings })
+        Ok(Self { path, spec, rootfs, root: Root::Files, binds, network, siblings })
     }
 
     /// Its directory, as given.
@@ -278,15 +289,14 @@ impl Bundle {
         self.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false)
     }
 
-    /// Tells that what it names as root is an empty directory, over which the guest mounts the root file system
-    /// ([`root_disk`](crate::root_disk)).
-    pub fn set_root_on_disk(&mut self) {
-        self.root_on_disk = true;
+    /// Tells what it names as root, if not the root file system.
+    pub fn set_root(&mut self, root: Root) {
+        self.root = root;
     }
 
-    /// Whether the guest mounts the root file system.
-    pub fn is_root_on_disk(&self) -> bool {
-        self.root_on_disk
+    /// What it names as root.
+    pub fn root(&self) -> Root {
+        self.root
     }
 
     /// The bind mounts among its mounts.

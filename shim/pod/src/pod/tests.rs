@@ -48,7 +48,9 @@ pub(crate) struct Extent {
     pub(crate) plugged_mib: u32,
     /// Devices of memory.
     pub(crate) devices: u32,
-    /// It plugs nothing.
+    /// File systems that are mounted beside the share.
+    pub(crate) mounted: u32,
+    /// It plugs nothing, and mounts no overlay.
     pub(crate) is_stubborn: bool,
 }
 
@@ -90,7 +92,11 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         request: api::BindSlotRequest,
     ) -> ttrpc::Result<api::BindSlotResponse> {
         assert!(request.slot >= u32::from(SHARE_SLOT));
-        Ok(api::BindSlotResponse::new())
+        let mut response = api::BindSlotResponse::new();
+        if request.slot > u32::from(SHARE_SLOT) {
+            response.block_device = format!("pmem{}", request.slot);
+        }
+        Ok(response)
     }
 
     async fn get_info(
@@ -136,7 +142,26 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
     }
 
     async fn mount(&self, _: &TtrpcContext, request: api::MountRequest) -> ttrpc::Result<api::Empty> {
-        assert_eq!((request.source.as_str(), request.mount_point.as_str()), (SHARE_TAG, GUEST_SHARE_DIR));
+        let mut extent = self.extent.lock().unwrap();
+        match request.kind.unwrap() {
+            api::mount_request::Kind::VIRTIOFS => assert_eq!(
+                (request.source.as_str(), request.mount_point.as_str()),
+                (SHARE_TAG, GUEST_SHARE_DIR)
+            ),
+            api::mount_request::Kind::OVERLAY if extent.is_stubborn => {
+                return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, "no")));
+            }
+            _ => extent.mounted += 1,
+        }
+        Ok(api::Empty::new())
+    }
+
+    async fn unmount(&self, _: &TtrpcContext, _: api::UnmountRequest) -> ttrpc::Result<api::Empty> {
+        self.extent.lock().unwrap().mounted -= 1;
+        Ok(api::Empty::new())
+    }
+
+    async fn unbind_slot(&self, _: &TtrpcContext, _: api::UnbindSlotRequest) -> ttrpc::Result<api::Empty> {
         Ok(api::Empty::new())
     }
 
@@ -490,6 +515,19 @@ fn kernel_that_the_vmm_refuses_is_named() {
 }
 
 #[test]
+fn slots_are_given_out_once_and_some_only_if_others_are_left() {
+    let slots = Slots::default();
+    let all: Vec<u8> = (SHARE_SLOT + 1..SLOTS).collect();
+    let (few, last) = all.split_at(all.len() - 2);
+    assert_eq!(few.iter().map_while(|_| slots.take_leaving(2)).collect::<Vec<_>>(), few);
+    assert_eq!(slots.take_leaving(2), None);
+    assert_eq!(last.iter().map_while(|_| slots.take()).collect::<Vec<_>>(), last);
+    assert_eq!(slots.take(), None);
+    slots.free(few[0]);
+    assert_eq!((slots.take_leaving(1), slots.take_leaving(0)), (None, Some(few[0])));
+}
+
+#[test]
 fn host_without_kvm_is_told_what_to_do() {
     let error = |source| PodError::Kvm { path: "/dev/kvm".into(), source }.to_string();
     assert_eq!(
@@ -500,13 +538,4 @@ fn host_without_kvm_is_told_what_to_do() {
     let null = File::open("/dev/null").unwrap();
     let not_kvm = sys::kvm_api_version(&null).unwrap_err();
     assert_eq!(error(not_kvm), "/dev/kvm: not a KVM device; run `kvrun check`");
-}
-
-#[test]
-fn slots_are_taken_once_until_there_is_none() {
-    let slots = Slots::default();
-    let all: Vec<u8> = std::iter::from_fn(|| slots.take()).collect();
-    assert_eq!(all, (SHARE_SLOT + 1..SLOTS).collect::<Vec<_>>());
-    slots.free(all[2]);
-    assert_eq!((slots.take(), slots.take()), (Some(all[2]), None));
 }

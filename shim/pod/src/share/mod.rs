@@ -2,7 +2,8 @@
 //!
 //! It is a small tmpfs of its own, in which each container has a [`Place`], a directory whose name is a number, with
 //!
-//! * `rootfs`, where the bundle's root file system is bind-mounted, or an empty directory over which the guest mounts it ([`root_disk`](crate::root_disk));
+//! * `rootfs`, where the bundle's root file system is bind-mounted, or a directory over which the guest mounts it, empty ([`root_disk`](crate::root_disk)) or with what is
+//!   changed in it ([`layers`](crate::layers));
 //!
 //! and beside them `volumes`, where the sources of bind mounts are, by number: one for all containers of the pod that have it ([`volumes`]).
 //!
@@ -41,6 +42,7 @@ use rustix::mount::{
 };
 
 use crate::bundle::{Bind, Bundle};
+use crate::layers::MountedLayers;
 use crate::root_disk::RootDisk;
 use crate::sys::{self, MountAttr};
 
@@ -49,7 +51,8 @@ pub use mount_points::MountPointError;
 pub use trees::Trees;
 use trees::clone_tree;
 pub use view::View;
-use volumes::{FileId, Volumes};
+pub(crate) use volumes::FileId;
+use volumes::Volumes;
 
 /// The tag of the virtio-fs device.
 pub const SHARE_TAG: &str = "kvrun";
@@ -132,6 +135,8 @@ pub struct Place {
     volumes: Vec<u64>,
     /// What the guest has mounted over its `rootfs`, if anything.
     pub(crate) root_disk: Option<RootDisk>,
+    /// Likewise, in layers.
+    pub(crate) layers: Option<MountedLayers>,
 }
 
 impl Place {
@@ -200,7 +205,7 @@ impl Share {
     /// [`ShareError`]; nothing is left of it then.
     pub fn add(&self, bundle: &Bundle, trees: Trees) -> Result<(Spec, Place), ShareError> {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
-        let mut place = Place { name, volumes: Vec::new(), root_disk: None };
+        let mut place = Place { name, volumes: Vec::new(), root_disk: None, layers: None };
         match self.fill(&mut place, bundle, trees) {
             Ok(spec) => Ok((spec, place)),
             Err(error) => {

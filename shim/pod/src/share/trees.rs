@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::{ShareError, id_map, mount_points};
-use crate::bundle::{Bind, Bundle, Files};
+use crate::bundle::{Bind, Bundle, Files, Root};
 use crate::sys::{self, MountAttr};
 
 /// The mount trees of a container: the root, and one for each of its bind mounts. What the spec says about them is done: they are read-only, have
@@ -31,13 +31,19 @@ impl Trees {
         let attach_root = |source| ShareError::Attach { path: bundle.rootfs_path().to_owned(), source };
         let root = opened.next().ok_or_else(missing).map_err(attach_root)?;
         let root = clone_tree(root, true).map_err(|e| attach_root(e.into()))?;
-        if !bundle.is_root_on_disk() {
-            if bundle.is_root_read_only() {
-                mount_points::make(root.as_fd(), bundle)?;
+        let is_read_only = match bundle.root() {
+            Root::Files => {
+                if bundle.is_root_read_only() {
+                    mount_points::make(root.as_fd(), bundle)?;
+                }
+                mount_points::make_working_directory(root.as_fd(), bundle)?;
+                bundle.is_root_read_only()
             }
-            mount_points::make_working_directory(root.as_fd(), bundle)?;
-        }
-        restrict(&root, bundle.is_root_read_only(), false, false).map_err(attach_root)?;
+            Root::Disk => true,
+            // The guest makes mount points and the working directory there.
+            Root::Layers => false,
+        };
+        restrict(&root, is_read_only, false, false).map_err(attach_root)?;
         trees.push(root);
 
         for bind in bundle.binds() {

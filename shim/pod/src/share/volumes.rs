@@ -23,15 +23,15 @@ struct Volume {
     users: usize,
 }
 
-/// Which file or directory a mount has at its root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FileId {
+/// Which file or directory it is, for as long as it is open: that at the root of a mount, or the image of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FileId {
     device: u64,
     inode: u64,
 }
 
 impl FileId {
-    pub(super) fn of(tree: impl AsFd) -> io::Result<Self> {
+    pub(crate) fn of(tree: impl AsFd) -> io::Result<Self> {
         let stat = fstat(tree)?;
         Ok(Self { device: stat.st_dev, inode: stat.st_ino })
     }

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
 use kvrun_e2e::{Case, Terminal, Test, cases, process, time};
+use kvrun_pod::pod::{SHARE_SLOT, SLOTS};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
@@ -25,7 +26,15 @@ pub(crate) const CASES: &[Case] = cases![
     task_outlives_containerd,
     pod_is_on_the_network_of_its_namespace,
     root_file_system_is_on_a_disk,
+    root_file_system_is_in_layers_of_the_guest,
+    layers_are_there_once_for_all_containers_of_a_pod,
+    layers_that_have_no_room_are_served_as_files,
 ];
+
+/// An image of several layers.
+const LAYERED: &str = "localhost/layered:latest";
+/// That the guest has them.
+const IN_LAYERS: &str = "grep -q '^overlay / overlay rw,.*lowerdir=/run/kvrun/layers/' /proc/mounts";
 
 /// The arguments of `ctr run`.
 fn run<'a>(flags: &[&'a str], id: &'a str, args: &[&'a str]) -> Vec<&'a str> {
@@ -364,5 +373,139 @@ fn root_file_system_is_on_a_disk(t: &Test) -> Result<()> {
     let outcome = containerd.ctr(&args)?.exited(1);
     ensure!(outcome.text() == "out\n/new/directory\n", "{outcome}");
     ensure!(outcome.stderr.contains("Read-only file system"), "{outcome}");
+    containerd.end()
+}
+
+/// A containerd with the EROFS snapshotter.
+fn with_erofs(t: &Test) -> Result<Containerd<'_>> {
+    let loaded = Command::new("modprobe").arg("erofs").status().context("modprobe")?;
+    ensure!(loaded.success(), "modprobe erofs: {loaded}");
+    Containerd::with_config(
+        t,
+        "[plugins.'io.containerd.service.v1.diff-service']\ndefault = ['erofs', 'walking']\n",
+    )
+}
+
+/// The arguments of `ctr run` for [`LAYERED`].
+fn run_layered<'a>(flags: &[&'a str], id: &'a str, script: &'a str) -> Vec<&'a str> {
+    let run = ["run", "--runtime", RUNTIME, "--snapshotter", "erofs"];
+    [&run[..], flags, &[LAYERED, id, "sh", "-c", script]].concat()
+}
+
+/// Has containerd forget [`LAYERED`], and all layers of it: as long as they are there, nobody can remove them.
+fn forget_layers(containerd: &Containerd<'_>) -> Result<()> {
+    containerd.ctr(&["image", "rm", "--sync", LAYERED])?.exited(0);
+    let left = containerd.ctr(&["snapshot", "--snapshotter", "erofs", "list"])?.exited(0).text();
+    ensure!(left.lines().count() == 1, "{left}");
+    Ok(())
+}
+
+/// How many layers the VMMs have mapped.
+fn mapped_layers(t: &Test) -> Result<Vec<usize>> {
+    let count = |pid: i32| -> Result<usize> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        Ok(maps.lines().filter(|line| line.ends_with("/layer.erofs")).count())
+    };
+    t.vmms()?.into_iter().map(|(pid, _)| count(pid)).filter(|n| !matches!(n, Ok(0))).collect()
+}
+
+fn root_file_system_is_in_layers_of_the_guest(t: &Test) -> Result<()> {
+    let containerd = with_erofs(t)?;
+    let lower = [("lower", "of the lower layer\n"), ("gone", ""), ("opaque/lower", ""), ("dir/lower", "")];
+    let upper = [
+        ("upper", "of the upper layer\n"),
+        (".wh.gone", ""),
+        ("opaque/.wh..wh..opq", ""),
+        ("opaque/upper", ""),
+    ];
+    containerd.import_layers(LAYERED, &[&lower, &upper])?;
+
+    // Machine by machine: what the first has changed is so for the second.
+    let script = format!(
+        "{IN_LAYERS} || exec cat /proc/mounts
+        if [ ! -e /file ]; then
+            cat /lower /upper; echo /gone /opaque/* /dir/* /sys/block/pmem*
+            echo written > /file; echo more >> /lower; rm /upper; mv /etc/passwd /moved
+            rm -r /dir; mkdir /dir; touch /dir/new; ln -s /file /link; chown 7:8 /root; chmod 700 /root
+        fi
+        cat /file /lower; head -c 4 /moved; echo; echo /dir/* /etc/*; stat -c '%u %g %a' /root
+        readlink /link; ls -A /; exit 3"
+    );
+    let create =
+        ["container", "create", "--runtime", RUNTIME, "--snapshotter", "erofs", "--cwd", "/new/directory"];
+    containerd.ctr(&[&create[..], &[LAYERED, t.id(), "sh", "-c", &script]].concat())?.exited(0);
+    let first = containerd.ctr(&["task", "start", t.id()])?.exited(3).text();
+    let changed = "written\nof the lower layer\nmore\nroot\n/dir/new /etc/group\n7 8 700\n/file\n";
+    let names = "bin\ndev\ndir\netc\nfile\nlink\nlower\nmoved\nnew\nopaque\nproc\nroot\nrun\nsys\ntmp\n";
+    let before = "of the lower layer\nof the upper layer\n/gone /opaque/upper /dir/lower \
+        /sys/block/pmem0 /sys/block/pmem1 /sys/block/pmem2\n";
+    ensure!(first == format!("{before}{changed}{names}"), "{first}");
+    let second = containerd.ctr(&["task", "start", t.id()])?.exited(3).text();
+    ensure!(second == format!("{changed}{names}"), "{second}");
+    containerd.ctr(&["container", "delete", t.id()])?.exited(0);
+
+    // Its mount points are made all the same.
+    let script = "pwd; touch /x";
+    let flags = ["--rm", "--read-only", "--cwd", "/new/directory"];
+    let outcome = containerd.ctr(&run_layered(&flags, t.id(), script))?.exited(1);
+    ensure!(outcome.text() == "/new/directory\n", "{outcome}");
+    ensure!(outcome.stderr.contains("Read-only file system"), "{outcome}");
+    forget_layers(&containerd)?;
+    containerd.end()
+}
+
+fn layers_are_there_once_for_all_containers_of_a_pod(t: &Test) -> Result<()> {
+    let containerd = with_erofs(t)?;
+    containerd.import_layers(LAYERED, &[&[("layer", "one\n")]])?;
+    let (sandbox, member) = (t.id().to_owned(), format!("{}-member", t.id()));
+    let of_pod = format!("io.kubernetes.cri.sandbox-id={sandbox}");
+    let kind = |kind: &str| format!("io.kubernetes.cri.container-type={kind}");
+    let (first, further) = (kind("sandbox"), kind("container"));
+    let flags = |kind| ["--detach", "--annotation", &of_pod, "--annotation", kind];
+    containerd.ctr(&run_layered(&flags(&first), &sandbox, "sleep 1000"))?.exited(0);
+    // It comes and goes.
+    for _ in 0..2 {
+        let script = format!("{IN_LAYERS} && cat /layer && rm /layer && sleep 1000");
+        containerd.ctr(&run_layered(&flags(&further), &member, &script))?.exited(0);
+        let exec = [
+            "task",
+            "exec",
+            "--exec-id",
+            "look",
+            &member,
+            "sh",
+            "-c",
+            "while [ -e /layer ]; do sleep 0.1; done",
+        ];
+        containerd.ctr(&exec)?.exited(0);
+        ensure!(mapped_layers(t)? == [2], "{:?}", mapped_layers(t)?);
+        containerd.ctr(&["task", "kill", "--signal", "KILL", &member])?.exited(0);
+        containerd.ctr(&["task", "attach", &member])?.exited(137);
+        containerd.ctr(&["container", "delete", &member])?.exited(0);
+    }
+    ensure!(mapped_layers(t)? == [2], "{:?}", mapped_layers(t)?);
+    let exec = ["task", "exec", "--exec-id", "look", &sandbox, "cat", "/layer"];
+    containerd.ctr(&exec)?.exited(0).stdout("one\n");
+    containerd.ctr(&["task", "kill", "--signal", "KILL", &sandbox])?.exited(0);
+    containerd.ctr(&["task", "attach", &sandbox])?.exited(137);
+    containerd.ctr(&["container", "delete", &sandbox])?.exited(0);
+    forget_layers(&containerd)?;
+    containerd.end()
+}
+
+fn layers_that_have_no_room_are_served_as_files(t: &Test) -> Result<()> {
+    let containerd = with_erofs(t)?;
+    // With the userland, one for each slot behind that of the share.
+    let texts: Vec<String> = (SHARE_SLOT + 2..SLOTS).map(|slot| format!("{}\n", slot + 10)).collect();
+    let files: Vec<_> = texts.iter().map(|text| [(&text[..text.len() - 1], text.as_str())]).collect();
+    containerd.import_layers(LAYERED, &files.iter().map(|files| &files[..]).collect::<Vec<_>>())?;
+    let script = "grep ' / ' /proc/mounts; cat /[0-9]*; rm /17; echo /sys/block/*; exec cat /17";
+    let outcome = containerd.ctr(&run_layered(&["--rm"], t.id(), script))?.exited(1);
+    let (mount, rest) =
+        outcome.text().split_once('\n').map(|(a, b)| (a.to_owned(), b.to_owned())).context("no mount")?;
+    ensure!(mount.contains(" virtiofs rw"), "{outcome}");
+    ensure!(rest == format!("{}/sys/block/*\n", texts.concat()), "{outcome}");
+    ensure!(containerd.log().contains("layers are served as files"), "{}", containerd.log());
+    forget_layers(&containerd)?;
     containerd.end()
 }
