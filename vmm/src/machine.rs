@@ -20,7 +20,7 @@ use crate::bus::BusError;
 use crate::devices::legacy::{BootMarks, Console, KeyboardController, boot_marks, console, keyboard};
 use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
-use crate::devices::virtio::mmio::{MmioSlot, QUEUE_NOTIFY_OFFSET, SLOT_SIZE, SlotError};
+use crate::devices::virtio::mmio::{MmioSlot, SLOT_SIZE, Signal, SlotError};
 use crate::devices::virtio::net::{Net, NetConfig, NetError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
@@ -300,11 +300,11 @@ impl Machine {
         if plugged > 0 && self.free_slot(slot)?.device_name() == Some("mem") {
             return Err(MachineError::InUse { slot, plugged });
         }
-        let kicks = self.free_slot(slot)?.empty().map_err(|source| MachineError::Slot { slot, source })?;
-        for (queue, kick) in kicks.iter().enumerate() {
+        let signals = self.free_slot(slot)?.empty().map_err(|source| MachineError::Slot { slot, source })?;
+        for Signal { offset, value, event } in signals {
             self.vm
-                .unregister_ioevent(kick, &notify_address(slot), queue as u32)
-                .map_err(|e| host("deregister a queue from KVM")(e.into()))?;
+                .unregister_ioevent(&event, &register(slot, offset), value)
+                .map_err(|e| host("have KVM forget a register")(e.into()))?;
         }
         Ok(())
     }
@@ -424,13 +424,13 @@ impl Machine {
     }
 
     fn fill(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
-        let kicks = self.slots[usize::from(slot)]
+        let signals = self.slots[usize::from(slot)]
             .fill(device)
             .map_err(|source| MachineError::Slot { slot, source })?;
-        for (queue, kick) in kicks.iter().enumerate() {
+        for Signal { offset, value, event } in signals {
             self.vm
-                .register_ioevent(kick, &notify_address(slot), queue as u32)
-                .map_err(|e| host("register a queue with KVM")(e.into()))?;
+                .register_ioevent(&event, &register(slot, offset), value)
+                .map_err(|e| host("have KVM watch a register")(e.into()))?;
         }
         Ok(())
     }
@@ -493,8 +493,8 @@ fn slot_gsi(slot: u8) -> u32 {
     arch::FIRST_GSI + u32::from(slot) % (arch::GSIS - arch::FIRST_GSI)
 }
 
-fn notify_address(slot: u8) -> IoEventAddress {
-    IoEventAddress::Mmio(slot_address(slot) + QUEUE_NOTIFY_OFFSET)
+fn register(slot: u8, offset: u64) -> IoEventAddress {
+    IoEventAddress::Mmio(slot_address(slot) + offset)
 }
 
 /// An interrupt line of the guest, raised when the descriptor is written.

@@ -63,8 +63,16 @@ mod reg {
     pub(super) const CONFIG: u64 = 0x100;
 }
 
-/// Offset of the register the driver kicks, for KVM's ioeventfd.
-pub const QUEUE_NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
+/// A write to a register that KVM can turn into a signal, without an exit to this process (KVM's ioeventfd).
+#[derive(Debug)]
+pub struct Signal {
+    /// Where the register is in the slot.
+    pub offset: u64,
+    /// What is written there.
+    pub value: u32,
+    /// What is signalled.
+    pub event: EventFd,
+}
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const MMIO_VERSION: u32 = 2;
@@ -101,30 +109,30 @@ impl MmioSlot {
         Self { mem, irq: Arc::new(irq), transport: Mutex::new(None) }
     }
 
-    /// Puts a device into the slot. Returns the descriptors that stand for the driver's kick of each queue, in order, for
-    /// registration with KVM; without that, kicks arrive as register writes and work all the same.
+    /// Puts a device into the slot. Returns what can be registered with KVM: the driver's kick of each queue, in order, and writes that tell nothing;
+    /// without that, all of them arrive as register writes and work all the same.
     ///
     /// # Errors
     /// [`SlotError::Taken`], [`SlotError::Descriptors`].
-    pub fn fill(&self, device: Box<dyn VirtioDevice>) -> Result<Vec<EventFd>, SlotError> {
+    pub fn fill(&self, device: Box<dyn VirtioDevice>) -> Result<Vec<Signal>, SlotError> {
         let mut slot = self.lock();
         if slot.is_some() {
             return Err(SlotError::Taken);
         }
         let transport = Transport::new(device, self.mem.clone(), self.irq.clone())?;
-        let kicks = transport.kicks()?;
+        let signals = transport.signals()?;
         *slot = Some(transport);
-        Ok(kicks)
+        Ok(signals)
     }
 
     /// Takes the device out of the slot, at rest. Returns what [`MmioSlot::fill`] returned, for deregistration.
     ///
     /// # Errors
     /// [`SlotError::Empty`].
-    pub fn empty(&self) -> Result<Vec<EventFd>, SlotError> {
+    pub fn empty(&self) -> Result<Vec<Signal>, SlotError> {
         let mut transport = self.lock().take().ok_or(SlotError::Empty)?;
         transport.reset();
-        transport.kicks()
+        transport.signals()
     }
 
     /// The kind of device in the slot.
@@ -217,6 +225,8 @@ struct Transport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
+    /// Signalled when the driver acknowledges used buffers and that tells nothing ([`VirtioDevice::is_interrupted_elsewhere`]). Nobody reads it.
+    acknowledged: Option<EventFd>,
 }
 
 /// One queue: what the driver has configured of it, and its kick.
@@ -256,6 +266,8 @@ impl Transport {
                 kick: EventFd::new(EFD_NONBLOCK).map_err(|_| SlotError::Descriptors)?,
             });
         }
+        let acknowledged = device.is_interrupted_elsewhere().then(|| EventFd::new(EFD_NONBLOCK)).transpose();
+        let acknowledged = acknowledged.map_err(|_| SlotError::Descriptors)?;
         let interrupt = Arc::new(MmioInterrupt {
             device: device.name(),
             irq,
@@ -274,11 +286,19 @@ impl Transport {
             driver_features: 0,
             queue_select: 0,
             queues,
+            acknowledged,
         })
     }
 
-    fn kicks(&self) -> Result<Vec<EventFd>, SlotError> {
-        self.queues.iter().map(|q| q.kick.try_clone().map_err(|_| SlotError::Descriptors)).collect()
+    fn signals(&self) -> Result<Vec<Signal>, SlotError> {
+        let kicks = self.queues.iter().zip(0..).map(|(queue, index)| (reg::QUEUE_NOTIFY, index, &queue.kick));
+        let acknowledged = self.acknowledged.iter();
+        let acknowledged = acknowledged.map(|event| (reg::INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING, event));
+        let signal = |(offset, value, event): (_, _, &EventFd)| {
+            let event = event.try_clone().map_err(|_| SlotError::Descriptors)?;
+            Ok(Signal { offset, value, event })
+        };
+        kicks.chain(acknowledged).map(signal).collect()
     }
 
     fn features(&self) -> u64 {
@@ -517,9 +537,10 @@ impl MmioInterrupt {
 
     /// A cause that the driver has not acknowledged yet is on its way to it already: it acknowledges first and looks second (s4.2.3.3;
     /// Linux 6.12 drivers/virtio/virtio_mmio.c, vm_interrupt()), so it will find what the cause stands for by now. A busy queue
-    /// thus interrupts no oftener than its driver takes interrupts.
+    /// thus interrupts no oftener than its driver takes interrupts. Nothing of the kind is known of used buffers that are also announced elsewhere.
     fn raise(&self, cause: u32) {
-        if self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
+        let is_unknown = cause == VIRTIO_MMIO_INT_VRING && self.raised_elsewhere.load(Ordering::Acquire);
+        if is_unknown || self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
             // Only a counter at its limit refuses, and then the interrupt is pending already.
             let _ = self.irq.write(1);
         }

@@ -57,6 +57,12 @@ pub trait VirtioDevice: Send {
     /// Feature bits the device offers. The transport adds `VIRTIO_F_VERSION_1` and insists on it.
     fn features(&self) -> u64;
 
+    /// Whether something else than this process raises its interrupt for used buffers, all the time ([`InterruptLine::queue_event`]). That the
+    /// driver acknowledges one tells nothing then, and need not be heard.
+    fn is_interrupted_elsewhere(&self) -> bool {
+        false
+    }
+
     /// Reads configuration space. Bytes beyond its end read as zero: see [`read_config_bytes`].
     fn read_config(&self, offset: u64, data: &mut [u8]);
 

@@ -276,6 +276,10 @@ impl VirtioDevice for Net {
         self.features
     }
 
+    fn is_interrupted_elsewhere(&self) -> bool {
+        self.vhost
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&self.mac);
