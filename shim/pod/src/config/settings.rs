@@ -170,9 +170,9 @@ pub(super) const SETTINGS: &[Setting] = &[
     Setting {
         key: "debug.root",
         doc: &[
-            "A directory with the programs that `kvrun debug` may run in the guests of machines made from now on, as their root file",
-            "system: bin/sh, for example. They may do anything in the guest, and the guest can read the directory. \"\", the",
-            "default: none may be run.",
+            "A directory with the programs that `kvrun debug` may run in the guests of machines made from now on: their root",
+            "file system, with bin/sh, for example. They may do anything in the guest, and the guest can read the directory.",
+            "\"\", the default: none may be run.",
         ],
         set: |config, value| {
             let is_off = matches!(value, DeValue::String(text) if text.is_empty());

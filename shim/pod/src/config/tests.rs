@@ -38,7 +38,7 @@ fn default_file_says_what_is_the_case_without_one() {
 #[test]
 fn settings_have_the_values_of_the_text() {
     let config = parse(
-        "[machine]\nmemory_mib = 0x100\nmax_vcpus = 4\n[log]\nlevel = \"debug\"\n[annotations]\nallowed = [\"io.kvrun.vcpus\"]\n[assets]\nvmm = \"/v\"",
+        "[machine]\nmemory_mib = 0x100\nmax_vcpus = 4\n[log]\nlevel = \"debug\"\n[annotations]\nallowed = [\"io.kvrun.vcpus\"]\n[assets]\nvmm = \"/v\"\n[debug]\nroot = \"/d\"",
     )
     .unwrap();
     assert_eq!((config.sizes.memory_mib, config.sizes.max_vcpus, config.sizes.vcpus), (256, 4, 1));
@@ -55,6 +55,7 @@ fn settings_have_the_values_of_the_text() {
         "assets.vmm = \"/v\" # /f",
         "log.level = \"debug\" # /f",
         "annotations.allowed = [\"io.kvrun.vcpus\"] # /f",
+        "debug.root = \"/d\" # /f",
     ] {
         assert!(lines.iter().any(|other| other == line), "{line}: {lines:?}");
     }
@@ -72,7 +73,7 @@ fn every_fault_is_named_with_its_line() {
         [
             "f:2: there is no setting of [machine] \"memory\": there are memory_mib, max_memory_mib, vcpus, max_vcpus",
             "f:3: machine.vcpus must be a number from 1 to 32",
-            "f:5: there is no section \"machines\": there are machine, assets, log, annotations",
+            "f:5: there is no section \"machines\": there are machine, assets, log, annotations, debug",
             "f:8: log.level must be \"error\", \"warn\", \"info\" or \"debug\"",
         ]
     );
