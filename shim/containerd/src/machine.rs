@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kvrun_pod::accept::Serving;
 use kvrun_pod::assets::{Assets, Named};
 use kvrun_pod::bundle::{self, Bundle, Files, HostNetwork, Spec};
 use kvrun_pod::cgroup::{self, HostCgroup};
@@ -38,9 +39,9 @@ pub(crate) struct Host {
 #[derive(Debug)]
 pub(crate) struct Machine {
     /// Shows it to whoever asks.
-    _observed: observe::Server,
+    _observed: Serving,
     /// Runs programs in the guest, if the configuration allows it.
-    _debugged: Option<debug::Server>,
+    _debugged: Option<Serving>,
     pub(crate) vm: Vm,
     /// That of the pod's first container.
     pub(crate) config: Config,
@@ -92,9 +93,9 @@ impl Machine {
         }
         let labels = observe::Labels { namespace: host_side.namespace.clone(), pod: id.to_string() };
         let observed =
-            observe::Server::start(&vm, dir.as_fd(), labels).map_err(host("listen on the pod's socket"))?;
-        let debugged = debug::Server::start(&vm, &share, &config, dir.as_fd())
-            .map_err(host("listen on the debug socket"))?;
+            observe::start(&vm, dir.as_fd(), labels).map_err(host("listen on the pod's socket"))?;
+        let debugged =
+            debug::start(&vm, &share, &config, dir.as_fd()).map_err(host("listen on the debug socket"))?;
         let network = tokio::sync::Mutex::new(network);
         Ok((
             Self {

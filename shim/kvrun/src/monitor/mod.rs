@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvrun_pod::accept::Serving;
 use kvrun_pod::agent::ProcEntry;
 use kvrun_pod::annotations;
 use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, Process as OciProcess};
@@ -59,9 +60,9 @@ const BACKLOG: i32 = 128;
 #[derive(Debug)]
 pub(crate) struct Monitor {
     /// Shows it to whoever asks.
-    _observed: observe::Server,
+    _observed: Serving,
     /// Runs programs in the guest, if the configuration allows it.
-    _debugged: Option<debug::Server>,
+    _debugged: Option<Serving>,
     pod: Pod,
     /// By the configuration with which the machine was made.
     allowed_annotations: Vec<&'static str>,
@@ -102,9 +103,9 @@ impl Monitor {
         let id = first.record().id.clone();
         let network = NetworkNamespace::current().and_then(|namespace| namespace.identity());
         let labels = observe::Labels { namespace: String::new(), pod: id.to_string() };
-        let observed = observe::Server::start(&pod, prepared.dir().as_fd(), labels)
+        let observed = observe::start(&pod, prepared.dir().as_fd(), labels)
             .map_err(host("listen on the pod's socket"))?;
-        let debugged = debug::Server::start(&pod, &share, prepared.config(), prepared.dir().as_fd())
+        let debugged = debug::start(&pod, &share, prepared.config(), prepared.dir().as_fd())
             .map_err(host("listen on the debug socket"))?;
         Ok(Arc::new(Self {
             _observed: observed,

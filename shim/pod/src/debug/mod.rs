@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::stdio::Wanted;
 
 pub use client::{Client, DebugError};
-pub use server::Server;
+pub use server::start;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -10,10 +10,10 @@ use kvrun_vmm_api::{ChannelError, Received};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use serde_json::{Value, json};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::{Answer, Ended, Request, Terminal};
-use crate::accept;
+use crate::accept::{self, Serving};
 use crate::bundle::{Bundle, BundleError, CAPABILITIES};
 use crate::channel::{AsyncChannel, ChannelListener};
 use crate::config::Config;
@@ -48,39 +48,27 @@ enum RunError {
     Start(#[from] PodError),
 }
 
-/// Runs programs for whoever asks on the debug socket of a pod, until it is dropped.
-#[derive(Debug)]
-pub struct Server(AbortHandle);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Server {
-    /// Listens in the pod's state directory, if the configuration says that it is to. Must be called in a tokio runtime.
-    ///
-    /// The share is not kept: a program that runs when the pod undoes it loses its files, and its machine.
-    ///
-    /// # Errors
-    /// The socket cannot be made.
-    pub fn start(pod: &Pod, share: &Arc<Share>, config: &Config, dir: impl AsFd) -> io::Result<Option<Self>> {
-        let Some(root) = &config.debug_root else { return Ok(None) };
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        // The path of a socket has at most 108 bytes; this one is short for every directory.
-        let path = format!("/proc/self/fd/{}/{DEBUG_SOCKET}", dir.as_fd().as_raw_fd());
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
-        listen(&socket, MOST_PROGRAMS as i32)?;
-        let listener = ChannelListener::new(socket)?;
-        let runner = Runner {
-            pod: pod.clone(),
-            share: Arc::downgrade(share),
-            root: root.clone(),
-            next: AtomicU64::new(0),
-        };
-        Ok(Some(Self(tokio::spawn(serve(listener, runner)).abort_handle())))
-    }
+/// Runs programs for whoever asks on a socket in the pod's state directory, if the configuration says that they may. Must be called in a tokio runtime.
+///
+/// The share is not kept: a program that runs when the pod undoes it loses its files, and its machine.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn start(pod: &Pod, share: &Arc<Share>, config: &Config, dir: impl AsFd) -> io::Result<Option<Serving>> {
+    let Some(root) = &config.debug_root else { return Ok(None) };
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    // The path of a socket has at most 108 bytes; this one is short for every directory.
+    let path = format!("/proc/self/fd/{}/{DEBUG_SOCKET}", dir.as_fd().as_raw_fd());
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, MOST_PROGRAMS as i32)?;
+    let listener = ChannelListener::new(socket)?;
+    let runner = Runner {
+        pod: pod.clone(),
+        share: Arc::downgrade(share),
+        root: root.clone(),
+        next: AtomicU64::new(0),
+    };
+    Ok(Some(Serving::start(serve(listener, runner))))
 }
 
 async fn serve(listener: ChannelListener, runner: Runner) {

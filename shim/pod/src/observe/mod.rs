@@ -18,7 +18,7 @@ mod tests;
 
 pub use client::{FetchError, fetch};
 pub use exposition::merge;
-pub use server::{Labels, Server};
+pub use server::{Labels, start};
 
 /// Something to be seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,11 +8,11 @@ use std::time::Duration;
 use rustix::net::sockopt::socket_peercred;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{Page, guest_log, metrics};
-use crate::accept;
+use crate::accept::{self, Serving};
 use crate::pod::{Pod, PodError};
 use crate::state_dir::POD_SOCKET;
 use crate::text;
@@ -33,29 +33,17 @@ pub struct Labels {
     pub pod: String,
 }
 
-/// Answers on the socket of a pod until it is dropped.
-#[derive(Debug)]
-pub struct Server(AbortHandle);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Server {
-    /// Listens in the pod's state directory. Must be called in a tokio runtime.
-    ///
-    /// # Errors
-    /// The socket cannot be made.
-    pub fn start(pod: &Pod, dir: impl AsFd, labels: Labels) -> io::Result<Self> {
-        // The path of a socket has at most 108 bytes; this one is short for every directory.
-        let path = format!("/proc/self/fd/{}/{POD_SOCKET}", dir.as_fd().as_raw_fd());
-        let listener = StdUnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        let listener = UnixListener::from_std(listener)?;
-        Ok(Self(tokio::spawn(serve(listener, pod.clone(), labels)).abort_handle()))
-    }
+/// Answers on a socket in the pod's state directory. Must be called in a tokio runtime.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn start(pod: &Pod, dir: impl AsFd, labels: Labels) -> io::Result<Serving> {
+    // The path of a socket has at most 108 bytes; this one is short for every directory.
+    let path = format!("/proc/self/fd/{}/{POD_SOCKET}", dir.as_fd().as_raw_fd());
+    let listener = StdUnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
+    Ok(Serving::start(serve(listener, pod.clone(), labels)))
 }
 
 async fn serve(listener: UnixListener, pod: Pod, labels: Labels) {

@@ -38,7 +38,7 @@ fn metrics_are_told_as_long_as_the_machine_runs() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let pod = boot(guest(Program::Sleep)).await.unwrap();
-        let server = Server::start(&pod, open(dir.path()), labels()).unwrap();
+        let server = start(&pod, open(dir.path()), labels()).unwrap();
         let see = |page| {
             let dir = open(dir.path());
             async move { spawn_blocking(move || fetch(dir, page)).await.unwrap() }
@@ -103,7 +103,7 @@ fn only_the_two_pages_are_answered() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let pod = boot(guest(Program::Sleep)).await.unwrap();
-        let _server = Server::start(&pod, open(dir.path()), labels()).unwrap();
+        let _server = start(&pod, open(dir.path()), labels()).unwrap();
         let long: &'static [u8] = vec![b'a'; 8 * 1024].leak();
         for (request, status) in [
             (&b"GET /metrics HTTP/1.1\r\nHost: pod\r\n\r\n"[..], "200"),
