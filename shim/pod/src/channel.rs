@@ -5,10 +5,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use kvrun_vmm_api::{Channel, ChannelError, Received};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::state_dir::socket_path;
 
 /// A [`Channel`] whose waits let others run.
 #[derive(Debug)]
@@ -83,6 +86,17 @@ fn would_block<T>(result: Result<T, ChannelError>) -> io::Result<Result<T, Chann
 pub struct ChannelListener(AsyncFd<OwnedFd>);
 
 impl ChannelListener {
+    /// Listens on a socket of this name in a state directory. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn bind(dir: impl AsFd, name: &str, backlog: i32) -> io::Result<Self> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        bind(&socket, &SocketAddrUnix::new(socket_path(dir.as_fd(), name))?)?;
+        listen(&socket, backlog)?;
+        Self::new(socket)
+    }
+
     /// Takes over a `SOCK_SEQPACKET` socket that listens. Must be called in a tokio runtime.
     ///
     /// # Errors
@@ -99,8 +113,7 @@ impl ChannelListener {
     /// # Errors
     /// Out of descriptors or memory, which passes: callers rest before they ask again.
     pub async fn accept(&self) -> io::Result<OwnedFd> {
-        let accept =
-            |socket: &OwnedFd| Ok(rustix::net::accept_with(socket, rustix::net::SocketFlags::CLOEXEC)?);
+        let accept = |socket: &OwnedFd| Ok(rustix::net::accept_with(socket, SocketFlags::CLOEXEC)?);
         self.0.async_io(Interest::READABLE, accept).await
     }
 }

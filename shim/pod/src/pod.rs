@@ -416,9 +416,12 @@ impl Pod {
         if let Some(layers) = &place.layers {
             layers::unmount(self, layers).await;
         }
-        let removed = share.remove(place);
-        // Else what the guest remembers of them keeps them open here, and their file systems with them.
-        if let Err(error) = self.or_death(self.agent.forget(&removed)).await {
+        self.forget_files(&share.remove(place)).await;
+    }
+
+    /// Has the guest forget files that are no longer in the share. Else what it remembers of them keeps them open here, and their file systems with them.
+    pub(crate) async fn forget_files(&self, removed: &[PathBuf]) {
+        if let Err(error) = self.or_death(self.agent.forget(removed)).await {
             tracing::debug!(%error, "have the guest forget a container's files");
         }
     }

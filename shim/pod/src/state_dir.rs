@@ -5,7 +5,7 @@
 //! belongs to nobody, is what a crash left: whoever claims the ID next cleans up and goes on.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -217,6 +217,12 @@ impl Drop for ContainerDir {
             tracing::warn!(path = %self.path.display(), %error, "remove the state directory");
         }
     }
+}
+
+/// The path of a socket in a state directory that is open, for as long as it is. A path of a socket has at most 108 bytes; this one is short for every
+/// directory.
+pub fn socket_path(dir: BorrowedFd<'_>, name: &str) -> String {
+    format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())
 }
 
 /// The container's directory, for looking at it; `None` if there is none.

@@ -1,6 +1,6 @@
 //! The command line's end of a connection to a monitor.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -68,9 +68,8 @@ impl Known {
     pub(crate) fn connect(&self, root: &Path, patience: Duration) -> Result<Connection, Error> {
         let id = self.id().clone();
         let other = self.sandbox(root)?;
-        // The path of a socket has at most 108 bytes; this one is short for every directory.
         let dir = other.as_ref().unwrap_or(&self.dir);
-        let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+        let path = state_dir::socket_path(dir.as_fd(), SOCKET);
         let channel = connect_to(&path, patience).map_err(|e| match e {
             // Nobody listens: there is no monitor yet, or none any more.
             Errno::CONNREFUSED | Errno::NOENT => self.not_served(),

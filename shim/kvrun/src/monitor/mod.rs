@@ -19,7 +19,7 @@ mod server;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +28,7 @@ use kvrun_pod::accept::Serving;
 use kvrun_pod::agent::ProcEntry;
 use kvrun_pod::annotations;
 use kvrun_pod::bundle::{self, Bundle, HandedOver, HostNetwork, LinuxResources, Process as OciProcess};
+use kvrun_pod::channel::ChannelListener;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::debug;
 use kvrun_pod::hooks;
@@ -39,7 +40,6 @@ use kvrun_pod::record::{Record, Status};
 use kvrun_pod::share::{Share, Trees};
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::sync::{Notify, Semaphore};
 
 pub(crate) use self::container::{Container, until_end};
@@ -125,9 +125,8 @@ impl Monitor {
 
     /// Takes connections at a container's state directory, in tasks of the current runtime.
     pub(crate) fn serve(self: &Arc<Self>, dir: impl AsFd) -> Result<(), Error> {
-        let error = host("listen for commands");
-        let socket = listener(dir).and_then(kvrun_pod::channel::ChannelListener::new).map_err(error)?;
-        tokio::spawn(server::serve(Arc::clone(self), socket));
+        let listener = ChannelListener::bind(dir, SOCKET, BACKLOG).map_err(host("listen for commands"))?;
+        tokio::spawn(server::serve(Arc::clone(self), listener));
         Ok(())
     }
 
@@ -412,13 +411,4 @@ pub(crate) async fn run_creation_hooks(
         hooks::run(kind, &hooks, network, &state(record, Status::Creating)).await?;
     }
     Ok(())
-}
-
-fn listener(dir: impl AsFd) -> io::Result<OwnedFd> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    // The path of a socket has at most 108 bytes; this one is short for every directory.
-    let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_fd().as_raw_fd());
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
 }

@@ -1,6 +1,6 @@
 //! The command line's end of a pod's debug socket.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use kvrun_vmm_api::{ChannelError, Received};
@@ -9,7 +9,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::{Answer, Ended, Request, Terminal};
 use crate::channel::AsyncChannel;
-use crate::state_dir::{DEBUG_SOCKET, POD_SOCKET};
+use crate::state_dir::{DEBUG_SOCKET, POD_SOCKET, socket_path};
 use crate::stdio::Stdio;
 
 /// Why no program runs in a guest.
@@ -94,11 +94,11 @@ impl Client {
 
 fn open(dir: BorrowedFd<'_>) -> Result<OwnedFd, DebugError> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    // The path of a socket has at most 108 bytes; this one is short for every directory.
-    let path = |name: &str| format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
-    match connect(&socket, &SocketAddrUnix::new(path(DEBUG_SOCKET))?) {
+    match connect(&socket, &SocketAddrUnix::new(socket_path(dir, DEBUG_SOCKET))?) {
         Ok(()) => Ok(socket),
-        Err(Errno::NOENT) if UnixStream::connect(path(POD_SOCKET)).is_ok() => Err(DebugError::Off),
+        Err(Errno::NOENT) if UnixStream::connect(socket_path(dir, POD_SOCKET)).is_ok() => {
+            Err(DebugError::Off)
+        }
         Err(Errno::NOENT | Errno::CONNREFUSED) => Err(DebugError::NotRunning),
         Err(error) => Err(error.into()),
     }

@@ -1,14 +1,13 @@
 //! The engine's end of a pod's debug socket.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use kvrun_vmm_api::{ChannelError, Received};
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -27,6 +26,7 @@ use crate::text;
 
 /// How many programs run at a time; others wait.
 const MOST_PROGRAMS: usize = 8;
+
 /// Why a program is not run.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
@@ -56,12 +56,7 @@ enum RunError {
 /// The socket cannot be made.
 pub fn start(pod: &Pod, share: &Arc<Share>, config: &Config, dir: impl AsFd) -> io::Result<Option<Serving>> {
     let Some(root) = &config.debug_root else { return Ok(None) };
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    // The path of a socket has at most 108 bytes; this one is short for every directory.
-    let path = format!("/proc/self/fd/{}/{DEBUG_SOCKET}", dir.as_fd().as_raw_fd());
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, MOST_PROGRAMS as i32)?;
-    let listener = ChannelListener::new(socket)?;
+    let listener = ChannelListener::bind(dir, DEBUG_SOCKET, MOST_PROGRAMS as i32)?;
     let runner = Runner {
         pod: pod.clone(),
         share: Arc::downgrade(share),
@@ -153,9 +148,8 @@ impl Runner {
 
     async fn take_away(&self, place: &Place) {
         // Not kept over the wait: who undoes the pod undoes its share.
-        let Some(removed) = self.share.upgrade().map(|share| share.remove(place)) else { return };
-        if let Err(error) = self.pod.or_death(self.pod.agent.forget(&removed)).await {
-            tracing::debug!(%error, "have the guest forget the files of a debugged program");
+        if let Some(removed) = self.share.upgrade().map(|share| share.remove(place)) {
+            self.pod.forget_files(&removed).await;
         }
     }
 }

@@ -1,12 +1,12 @@
 //! The command line's end of a pod's socket.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::Page;
-use crate::state_dir::POD_SOCKET;
+use crate::state_dir::{POD_SOCKET, socket_path};
 use crate::text;
 
 /// How long the engine may be silent: longer than the guest has to answer it.
@@ -33,7 +33,7 @@ pub enum FetchError {
 /// # Errors
 /// [`FetchError`].
 pub fn fetch(dir: impl AsFd, page: Page) -> Result<String, FetchError> {
-    let path = format!("/proc/self/fd/{}/{POD_SOCKET}", dir.as_fd().as_raw_fd());
+    let path = socket_path(dir.as_fd(), POD_SOCKET);
     let stream = UnixStream::connect(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => FetchError::NotRunning,
         _ => FetchError::Socket(error),

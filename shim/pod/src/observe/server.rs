@@ -1,7 +1,7 @@
 //! The engine's end of a pod's socket.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::{Page, guest_log, metrics};
 use crate::accept::{self, Serving};
 use crate::pod::{Pod, PodError};
-use crate::state_dir::POD_SOCKET;
+use crate::state_dir::{POD_SOCKET, socket_path};
 use crate::text;
 
 /// How many are answered at a time; others wait.
@@ -38,9 +38,7 @@ pub struct Labels {
 /// # Errors
 /// The socket cannot be made.
 pub fn start(pod: &Pod, dir: impl AsFd, labels: Labels) -> io::Result<Serving> {
-    // The path of a socket has at most 108 bytes; this one is short for every directory.
-    let path = format!("/proc/self/fd/{}/{POD_SOCKET}", dir.as_fd().as_raw_fd());
-    let listener = StdUnixListener::bind(path)?;
+    let listener = StdUnixListener::bind(socket_path(dir.as_fd(), POD_SOCKET))?;
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
     Ok(Serving::start(serve(listener, pod.clone(), labels)))
