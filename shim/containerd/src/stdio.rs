@@ -235,8 +235,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (program, log) = (dir.path().join("logger"), dir.path().join("log"));
         let script = "#!/bin/sh\nexec >\"$2\"\nexec 5>&-\necho $1 $CONTAINER_NAMESPACE $CONTAINER_ID\ncat <&3; cat <&4\n";
-        std::fs::write(&program, script).unwrap();
-        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let text = dir.path().join("script");
+        std::fs::write(&text, script).unwrap();
+        // What a test beside this one starts inherits a descriptor that is open here, and what is open for writing cannot be run.
+        assert!(Command::new("install").args([&text, &program]).status().unwrap().success());
         let names = Names {
             stdout: format!("binary://{}?to={}", program.display(), log.display()),
             ..Default::default()

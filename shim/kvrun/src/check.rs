@@ -128,16 +128,15 @@ fn print(to: &mut impl Write, findings: &[Finding]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn program(dir: &Path, script: &str) -> std::path::PathBuf {
-        let path = dir.join("vmm");
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        path
+        let (text, program) = (dir.join("script"), dir.join("vmm"));
+        std::fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
+        // What a test beside this one starts inherits a descriptor that is open here, and what is open for writing cannot be run.
+        let installed = std::process::Command::new("install").args([&text, &program]).status().unwrap();
+        assert!(installed.success());
+        program
     }
 
     #[test]
@@ -157,8 +156,13 @@ mod tests {
     #[test]
     fn vmm_that_prints_no_findings_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        for script in ["echo hello", "exit 0", r#"echo '{"findings":[]}'"#] {
-            assert!(vmm_findings(&program(dir.path(), script)).is_err(), "{script}");
+        for (script, message) in [
+            ("echo hello", "did not print findings"),
+            ("exit 0", "did not print findings"),
+            (r#"echo '{"findings":[]}'"#, "found nothing"),
+        ] {
+            let error = vmm_findings(&program(dir.path(), script)).unwrap_err().to_string();
+            assert!(error.contains(message), "{script}: {error}");
         }
     }
 }

@@ -24,8 +24,9 @@ fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
 
 /// A bundle in a directory, and the share mounted in it.
 struct Fixture {
-    dir: tempfile::TempDir,
+    /// Unmounted before its directory is removed.
     share: Share,
+    dir: tempfile::TempDir,
 }
 
 impl Fixture {
@@ -37,7 +38,7 @@ impl Fixture {
         fs::write(dir.path().join("bundle/rootfs/etc/motd"), "hello").unwrap();
         fs::write(dir.path().join("file"), "a file").unwrap();
         let share = Share::mount(namespace, &dir.path().join("share")).unwrap();
-        Self { dir, share }
+        Self { share, dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {
