@@ -22,6 +22,7 @@ use kvrun_pod::share::ShareError;
 use kvrun_pod::size::SizeError;
 use kvrun_pod::state_dir::StateError;
 use kvrun_pod::stdio::StdioError;
+use kvrun_pod::vmm::VmmError;
 use ttrpc::Code;
 
 /// Why something cannot be done.
@@ -159,7 +160,7 @@ impl Error {
             Self::NotFound { .. } | Self::Finished { .. } => Code::NOT_FOUND,
             Self::Exists { .. } | Self::State(StateError::InUse { .. }) => Code::ALREADY_EXISTS,
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
-            Self::TooSlow { .. } => Code::DEADLINE_EXCEEDED,
+            Self::TooSlow { .. } | Self::Hook(HookError::TimedOut { .. }) => Code::DEADLINE_EXCEEDED,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Growth(GrowthError::Pod(error))
             | Self::Pod(error)
@@ -186,7 +187,9 @@ impl Error {
 
 fn code_of(error: &PodError) -> Code {
     match error {
-        PodError::Agent(AgentError::Timeout { .. }) | PodError::NotReady => Code::DEADLINE_EXCEEDED,
+        PodError::Agent(AgentError::Timeout { .. })
+        | PodError::Vmm(VmmError::Timeout { .. })
+        | PodError::NotReady => Code::DEADLINE_EXCEEDED,
         PodError::Agent(AgentError::Refused { code, .. }) => match code {
             // It is the program or the process that is missing, not what containerd calls a container.
             Code::NOT_FOUND | Code::PERMISSION_DENIED | Code::UNKNOWN => Code::FAILED_PRECONDITION,
@@ -201,5 +204,44 @@ fn code_of(error: &PodError) -> Code {
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
         Self::RpcStatus(ttrpc::get_status(error.code(), kvrun_pod::text::chain(&error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_those_that_containerd_acts_on() {
+        let (what, bound, id) = ("do it", Duration::from_secs(1), "c1".to_owned());
+        let refused = |code| AgentError::Refused { what, code, message: "no".into() };
+        let agent = |code| Error::Pod(refused(code).into());
+        let hook = HookError::TimedOut { kind: "prestart", path: "/hook".into(), bound };
+        let table = [
+            (Error::Usage("-id is missing".into()), Code::INVALID_ARGUMENT),
+            (Error::Invalid("a size of nothing".into()), Code::INVALID_ARGUMENT),
+            (Error::NotFound { what: "container", id: id.clone() }, Code::NOT_FOUND),
+            (Error::Finished { id: id.clone() }, Code::NOT_FOUND),
+            (Error::Exists { what: "process", id }, Code::ALREADY_EXISTS),
+            (Error::WrongState { what: "delete", status: "running" }, Code::FAILED_PRECONDITION),
+            (Error::Unimplemented("checkpoints"), Code::UNIMPLEMENTED),
+            (Error::TooSlow { what: "a pause", bound }, Code::DEADLINE_EXCEEDED),
+            (hook.into(), Code::DEADLINE_EXCEEDED),
+            (PodError::NotReady.into(), Code::DEADLINE_EXCEEDED),
+            (PodError::from(AgentError::Timeout { what, bound }).into(), Code::DEADLINE_EXCEEDED),
+            (PodError::from(VmmError::Timeout { what, bound }).into(), Code::DEADLINE_EXCEEDED),
+            (GrowthError::Pod(PodError::NotReady).into(), Code::DEADLINE_EXCEEDED),
+            (PodError::NoSlot.into(), Code::FAILED_PRECONDITION),
+            // The program is not there; containerd would take "not found" for the container.
+            (agent(Code::NOT_FOUND), Code::FAILED_PRECONDITION),
+            (agent(Code::UNKNOWN), Code::FAILED_PRECONDITION),
+            (agent(Code::RESOURCE_EXHAUSTED), Code::RESOURCE_EXHAUSTED),
+            (host("make a thread")(std::io::Error::other("no")), Code::INTERNAL),
+        ];
+        for (error, code) in table {
+            let text = kvrun_pod::text::chain(&error);
+            let ttrpc::Error::RpcStatus(status) = ttrpc::Error::from(error) else { panic!("no status") };
+            assert_eq!((status.code(), status.message.as_str()), (code, text.as_str()));
+        }
     }
 }
