@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use kvrun_pod::bundle::{MAX_CONFIG, Process};
+use kvrun_pod::bundle::{MAX_CONFIG, Process, is_default_apparmor_profile};
 use kvrun_pod::record::Status;
 use kvrun_pod::stdio::{Copying, Stdio};
 
@@ -66,7 +66,7 @@ fn check(args: &ExecArgs) -> Result<(), Error> {
             args.preserve_fds
         ));
     }
-    if let Some(profile) = args.apparmor.as_deref().filter(|profile| !matches!(*profile, "" | "unconfined")) {
+    if let Some(profile) = args.apparmor.as_deref().filter(|profile| !is_default_apparmor_profile(profile)) {
         return refuse(format!("--apparmor {profile}: the guest kernel has no AppArmor; leave it out"));
     }
     if let Some(label) = args.process_label.as_deref().filter(|label| !label.is_empty()) {

@@ -79,7 +79,7 @@ pub(crate) struct ExecArgs {
     /// It cannot gain privileges by exec
     #[arg(long)]
     pub(crate) no_new_privs: bool,
-    /// Refused, unless empty or unconfined: the guest has no AppArmor
+    /// Refused, unless it is one that engines ask for by default: the guest has no AppArmor
     #[arg(long, value_name = "PROFILE")]
     pub(crate) apparmor: Option<String>,
     /// Refused, unless empty: the guest has no SELinux

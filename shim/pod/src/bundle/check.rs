@@ -141,9 +141,25 @@ pub(super) fn process_fields(process: &Process) -> Result<(), Fault> {
         "is set, but the guest kernel has no SELinux; remove it",
     )?;
     let profile = process.apparmor_profile().as_deref().unwrap_or_default();
-    let confined = !profile.is_empty() && profile != "unconfined";
-    refuse(confined, "process.apparmorProfile", "is set, but the guest kernel has no AppArmor; remove it")?;
+    refuse(
+        !is_default_apparmor_profile(profile),
+        "process.apparmorProfile",
+        format!("is {profile:?}, but the guest kernel has no AppArmor; remove it"),
+    )?;
     super::process::check(process)
+}
+
+/// Whether an AppArmor profile is none, or one that an engine asks for where its user has asked for none: of containerd, docker, nerdctl, CRI-O
+/// and podman. Those keep containers away from a kernel that they share with the host, which these do not.
+pub fn is_default_apparmor_profile(profile: &str) -> bool {
+    matches!(
+        profile,
+        "" | "unconfined"
+            | "cri-containerd.apparmor.d"
+            | "docker-default"
+            | "nerdctl-default"
+            | "crio-default"
+    ) || profile.starts_with("containers-default-")
 }
 
 fn hooks(spec: &Spec) -> Result<(), Fault> {

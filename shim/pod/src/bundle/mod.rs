@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 
+pub use check::is_default_apparmor_profile;
 pub use mounts::{Bind, IdMap};
 use namespaces::Resolved;
 pub use namespaces::Siblings;

@@ -190,8 +190,11 @@ fn process_limits_and_labels_must_be_possible() {
         c["process"]["capabilities"] = json!({"bounding": ["CAP_FLY"]});
     });
     refused(&["process.selinuxLabel"], |c| c["process"]["selinuxLabel"] = json!("a:b:c"));
-    refused(&["process.apparmorProfile"], |c| c["process"]["apparmorProfile"] = json!("docker-default"));
-    Bundle::load(with(|c| c["process"]["apparmorProfile"] = json!("unconfined")).path()).unwrap();
+    refused(&["process.apparmorProfile", "mine"], |c| c["process"]["apparmorProfile"] = json!("mine"));
+    for profile in ["unconfined", "cri-containerd.apparmor.d", "docker-default", "containers-default-0.57.4"]
+    {
+        Bundle::load(with(|c| c["process"]["apparmorProfile"] = json!(profile)).path()).unwrap();
+    }
 }
 
 #[test]

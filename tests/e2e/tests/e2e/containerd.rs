@@ -17,11 +17,13 @@ use crate::stdio::{Noise, SEED};
 
 pub(crate) const CASES: &[Case] = cases![
     run_passes_streams_and_exit_codes,
+    default_profile_of_apparmor_is_left_out,
     output_arrives_complete_and_in_order,
     output_goes_to_files_and_logging_programs,
     client_comes_and_goes_while_the_output_waits,
     child_that_keeps_output_open_holds_nobody_up,
     task_is_used_by_every_call_and_its_events_are_in_order,
+    signals_reach_one_process_or_all,
     task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
     task_outlives_containerd,
     pod_is_on_the_network_of_its_namespace,
@@ -69,6 +71,16 @@ fn run_passes_streams_and_exit_codes(t: &Test) -> Result<()> {
     shell.until("/dev/pts/0")?;
     terminal.keys(b"exit 9\n")?;
     shell.wait()?.exited(9);
+    containerd.end()
+}
+
+/// containerd's CRI asks for it for every container of a host with AppArmor that is not privileged.
+fn default_profile_of_apparmor_is_left_out(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let flags = |profile| ["--rm", "--apparmor-profile", profile];
+    containerd.ctr(&run(&flags("cri-containerd.apparmor.d"), t.id(), &["true"]))?.exited(0);
+    let outcome = containerd.ctr(&run(&flags("mine"), t.id(), &["true"]))?.failed();
+    ensure!(outcome.stderr.contains("process.apparmorProfile is \"mine\""), "{outcome}");
     containerd.end()
 }
 
@@ -212,6 +224,12 @@ fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()
     let mut stdin = exec.stdin.take().context("no stdin")?;
     stdin.write_all(b"input\n")?;
     exec.until("input")?;
+    refused(&["task", "exec", "--exec-id", "first", id, "true"], "process first exists already")?;
+    let pids = containerd.ctr(&["task", "ps", id])?.exited(0).text();
+    // The first one's script, that of the further one, and its `cat`.
+    let pids = pids.lines().skip(1).filter_map(|line| line.split_whitespace().next()?.parse().ok());
+    let pids: Vec<u32> = pids.collect();
+    ensure!(pids.len() >= 3 && pids.contains(&1), "{pids:?}");
     drop(stdin);
     let outcome = exec.wait()?.exited(5);
     ensure!(
@@ -264,7 +282,74 @@ fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()
         "delete",
     ]);
     ensure!(topics.iter().eq(expected), "{topics:?}: {seen}");
+    events_tell_what_has_happened(&seen, id)?;
     drop(events);
+    containerd.end()
+}
+
+/// The payloads of the events of a task that ran the process `first`.
+fn events_tell_what_has_happened(seen: &str, id: &str) -> Result<()> {
+    let mut pid = None;
+    for line in seen.lines().filter(|line| line.contains(" /tasks/")) {
+        let (head, payload) = line.split_once(" {").context("no payload")?;
+        let payload: Value = serde_json::from_str(&format!("{{{payload}")).context(line.to_owned())?;
+        ensure!(payload["container_id"] == id, "{line}");
+        let topic = head.rsplit('/').next().unwrap_or_default();
+        let exec = payload.get("exec_id").or(payload.get("id")).and_then(Value::as_str);
+        match (topic, exec) {
+            ("create" | "start", _) => {
+                ensure!(payload["pid"].as_u64() > Some(0), "{line}");
+                ensure!(pid.is_none() || pid == payload["pid"].as_u64(), "another process: {line}");
+                pid = payload["pid"].as_u64();
+            }
+            ("exec-added", exec) => ensure!(exec == Some("first"), "{line}"),
+            ("exec-started", exec) => {
+                ensure!(exec == Some("first") && payload["pid"].as_u64() > Some(0), "{line}");
+            }
+            ("exit", Some("first")) => {
+                ensure!(payload["exit_status"] == 5 && payload.get("exited_at").is_some(), "{line}");
+            }
+            ("exit", exec) => {
+                ensure!(exec == Some(id) && payload["pid"].as_u64() == pid, "{line}");
+                ensure!(payload["exit_status"] == 3 && payload.get("exited_at").is_some(), "{line}");
+            }
+            ("delete", _) => ensure!(payload["exit_status"] == 3, "{line}"),
+            _ => {}
+        }
+    }
+    ensure!(pid.is_some(), "{seen}");
+    Ok(())
+}
+
+/// `ctr task kill` of one further process, and of all there is.
+fn signals_reach_one_process_or_all(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let id = t.id();
+    // Only a signal for all processes reaches the child, for which the first one waits.
+    let child = "trap 'echo heard > /said; exit' TERM; touch /ready; while :; do sleep 0.1; done";
+    let script = format!("trap : TERM; sh -c \"{child}\" & while ! [ -e /said ]; do wait; done; exit 7");
+    containerd.ctr(&run(&["--detach"], id, &["sh", "-c", &script]))?.exited(0);
+    let ready =
+        ["task", "exec", "--exec-id", "ready", id, "sh", "-c", "until [ -e /ready ]; do sleep 0.1; done"];
+    containerd.ctr(&ready)?.exited(0);
+    let exec = containerd.start(&[
+        "task",
+        "exec",
+        "--exec-id",
+        "one",
+        id,
+        "sh",
+        "-c",
+        "echo up; exec sleep 1000",
+    ])?;
+    exec.until("up")?;
+    containerd.ctr(&["task", "kill", "--signal", "KILL", "--exec-id", "one", id])?.exited(0);
+    exec.wait()?.exited(137);
+    let list = containerd.ctr(&["task", "list"])?.exited(0).text();
+    ensure!(list.lines().any(|line| line.starts_with(id) && line.ends_with("RUNNING")), "{list}");
+    containerd.ctr(&["task", "kill", "--signal", "TERM", "--all", id])?.exited(0);
+    containerd.ctr(&["task", "attach", id])?.exited(7);
+    containerd.ctr(&["container", "delete", id])?.exited(0);
     containerd.end()
 }
 

@@ -331,7 +331,7 @@ fn refused_options_are_named(t: &Test) -> Result<()> {
         t.invoke(&args)?.exited(1).stdout("").error(&[word]);
     }
     t.invoke(&["exec", t.id()])?.exited(1).error(&["command"]);
-    t.invoke(&["exec", "--apparmor", "unconfined", "--process-label", "", t.id(), "true"])?
+    t.invoke(&["exec", "--apparmor", "docker-default", "--process-label", "", t.id(), "true"])?
         .exited(0)
         .stderr("");
     gone(t, &left)
