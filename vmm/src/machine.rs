@@ -22,12 +22,14 @@ use crate::devices::virtio::blk::{Blk, BlkError, BlkOptions};
 use crate::devices::virtio::fs::{Fs, FsError, FsOptions};
 use crate::devices::virtio::mmio::{MmioSlot, SLOT_SIZE, Signal, SlotError};
 use crate::devices::virtio::net::{Net, NetConfig, NetError};
+use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::virtio::{DeviceRequest, DeviceRequestError, VirtioDevice};
 use crate::event_loop::{EventLoop, LoopHandle};
 use crate::jail::Jail;
 use crate::memory::devices::{MemoryDeviceError, MemoryDevices};
+use crate::memory::slot::MemorySlots;
 use crate::memory::{AddressSpace, MemoryError};
 use crate::state::{MachineState, SaveError};
 use crate::thread::{self, Class};
@@ -217,8 +219,12 @@ impl Machine {
         buses.ports.insert(keyboard::BASE, keyboard::LENGTH, keyboard)?;
 
         let mut slots = Vec::with_capacity(config.slots.into());
+        let registers = Registers::new(arch::MMIO_BASE, config.slots)?;
+        vm.add(registers.memory_slot()).map_err(host("show the guest the registers of its devices"))?;
         for index in 0..config.slots {
-            let slot = Arc::new(MmioSlot::new(space.all.clone(), interrupt_line(&vm, slot_gsi(index))?));
+            let Some(page) = registers.page(index) else { break };
+            let irq = interrupt_line(&vm, slot_gsi(index))?;
+            let slot = Arc::new(MmioSlot::new(space.all.clone(), irq, page));
             buses.mmio.insert(slot_address(index), SLOT_SIZE, slot.clone())?;
             slots.push(slot);
         }
@@ -348,7 +354,17 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Slot`], [`MachineError::Range`].
     pub fn request(&self, slot: u8, request: DeviceRequest) -> Result<(), MachineError> {
-        self.free_slot(slot)?.request(request).map_err(|source| MachineError::Slot { slot, source })
+        let device = self.free_slot(slot)?;
+        // A size of memory is read in two halves, and no vCPU may find one of the old and one of the new: see `ConfigSpace::write`.
+        let held = matches!(request, DeviceRequest::Plug(_)) && !self.vcpus.is_paused();
+        if held {
+            self.vcpus.pause();
+        }
+        let outcome = device.request(request);
+        if held {
+            self.vcpus.resume();
+        }
+        outcome.map_err(|source| MachineError::Slot { slot, source })
     }
 
     /// Passes a request to the one device of its kind that a machine can have.

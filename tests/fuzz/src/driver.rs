@@ -3,13 +3,14 @@
 //! It knows enough of virtio to bring a device up and to lay out chains, or no mutation would ever get past the first check; everything
 //! else is the fuzzer's to choose, and one descriptor in eight is wholly its own.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use arbitrary::{Result, Unstructured};
 use kvrun_vmm::bus::BusDevice;
 use kvrun_vmm::devices::virtio::mmio::MmioSlot;
+use kvrun_vmm::devices::virtio::registers::{RegisterPage, Registers};
 use kvrun_vmm::devices::virtio::{GuestRam, VirtioDevice};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -69,10 +70,16 @@ pub(crate) fn memory() -> GuestRam {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("guest memory"))
 }
 
+/// The page of the one slot, which every input has anew: a page is never unmapped.
+static REGISTERS: OnceLock<RegisterPage> = OnceLock::new();
+
 impl Driver {
     /// Puts the device into a slot over `mem`.
     pub(crate) fn new(device: Box<dyn VirtioDevice>, mem: GuestRam) -> Self {
-        let slot = MmioSlot::new(mem.clone(), EventFd::new(EFD_NONBLOCK).expect("eventfd"));
+        let registers =
+            REGISTERS.get_or_init(|| Registers::new(0, 1).expect("a page").page(0).expect("one slot"));
+        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let slot = MmioSlot::new(mem.clone(), irq, registers.clone());
         slot.fill(device).expect("an empty slot");
         Self { mem, slot, queues: Vec::new() }
     }

@@ -127,6 +127,8 @@ pub(crate) enum Backing {
     Memory,
     /// Files.
     Files,
+    /// What the guest reads of devices.
+    Registers,
 }
 
 pub(crate) fn map_region(

@@ -1,6 +1,6 @@
 //! Memory slots: what of guest memory the vCPUs can reach (Linux Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION).
 //!
-//! Numbers are given out once and for all: RAM has those from [`RAM`], files in the window those from [`WINDOW`], blocks of plugged
+//! Numbers are given out once and for all: RAM has those from [`RAM`], registers have [`REGISTERS`], files in the window those from [`WINDOW`], blocks of plugged
 //! memory those from [`HOTPLUG`] up to as many as KVM has.
 
 use std::io;
@@ -12,6 +12,8 @@ use vm_memory::{Address, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 /// The first number of RAM.
 pub const RAM: u32 = 0;
+/// That of what the guest reads of devices.
+pub const REGISTERS: u32 = WINDOW - 1;
 /// The first number of files in the window: no more than there can be devices.
 pub const WINDOW: u32 = 8;
 /// The first number of plugged memory.

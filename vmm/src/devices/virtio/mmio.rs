@@ -4,6 +4,8 @@
 //! for a placeholder and skips in silence (s4.2.2.2; Linux 6.12 drivers/virtio/virtio_mmio.c). The control protocol fills it while
 //! the guest runs, and the agent then binds the driver to it; so hot-plug needs neither ACPI nor PCI.
 //!
+//! What the guest reads of it is memory ([`registers`](super::registers)); what it writes arrives here.
+//!
 //! Hostile driver: what it configures is frozen once it counts (features at `FEATURES_OK`, queues at `DRIVER_OK`), and every
 //! address is checked against guest memory before a device gets a queue.
 
@@ -22,6 +24,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::queue::is_in_memory;
+use super::registers::RegisterPage;
 use super::state::QueueConfig;
 use super::{
     Activation, DeviceRequest, DeviceRequestError, GuestRam, InterruptLine, SlotState, VirtQueue,
@@ -34,33 +37,33 @@ use crate::locked;
 pub const SLOT_SIZE: u64 = 0x1000;
 
 /// The registers (virtio 1.3 s4.2.2).
-mod reg {
-    pub(super) const MAGIC_VALUE: u64 = 0x000;
-    pub(super) const VERSION: u64 = 0x004;
-    pub(super) const DEVICE_ID: u64 = 0x008;
-    pub(super) const VENDOR_ID: u64 = 0x00c;
-    pub(super) const DEVICE_FEATURES: u64 = 0x010;
-    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x014;
-    pub(super) const DRIVER_FEATURES: u64 = 0x020;
-    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x024;
-    pub(super) const QUEUE_SEL: u64 = 0x030;
-    pub(super) const QUEUE_NUM_MAX: u64 = 0x034;
-    pub(super) const QUEUE_NUM: u64 = 0x038;
-    pub(super) const QUEUE_READY: u64 = 0x044;
-    pub(super) const QUEUE_NOTIFY: u64 = 0x050;
-    pub(super) const INTERRUPT_STATUS: u64 = 0x060;
-    pub(super) const INTERRUPT_ACK: u64 = 0x064;
-    pub(super) const STATUS: u64 = 0x070;
-    pub(super) const QUEUE_DESC_LOW: u64 = 0x080;
-    pub(super) const QUEUE_DESC_HIGH: u64 = 0x084;
-    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
-    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
-    pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
-    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
-    pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
-    pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
-    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
-    pub(super) const CONFIG: u64 = 0x100;
+pub(super) mod reg {
+    pub(in super::super) const MAGIC_VALUE: u64 = 0x000;
+    pub(in super::super) const VERSION: u64 = 0x004;
+    pub(in super::super) const DEVICE_ID: u64 = 0x008;
+    pub(in super::super) const VENDOR_ID: u64 = 0x00c;
+    pub(in super::super) const DEVICE_FEATURES: u64 = 0x010;
+    pub(in super::super) const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub(in super::super) const DRIVER_FEATURES: u64 = 0x020;
+    pub(in super::super) const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub(in super::super) const QUEUE_SEL: u64 = 0x030;
+    pub(in super::super) const QUEUE_NUM_MAX: u64 = 0x034;
+    pub(in super::super) const QUEUE_NUM: u64 = 0x038;
+    pub(in super::super) const QUEUE_READY: u64 = 0x044;
+    pub(in super::super) const QUEUE_NOTIFY: u64 = 0x050;
+    pub(in super::super) const INTERRUPT_STATUS: u64 = 0x060;
+    pub(in super::super) const INTERRUPT_ACK: u64 = 0x064;
+    pub(in super::super) const STATUS: u64 = 0x070;
+    pub(in super::super) const QUEUE_DESC_LOW: u64 = 0x080;
+    pub(in super::super) const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub(in super::super) const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub(in super::super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub(in super::super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub(in super::super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub(in super::super) const SHM_LEN_LOW: u64 = 0x0b0;
+    pub(in super::super) const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub(in super::super) const CONFIG_GENERATION: u64 = 0x0fc;
+    pub(in super::super) const CONFIG: u64 = 0x100;
 }
 
 /// A write to a register that KVM can turn into a signal, without an exit to this process (KVM's ioeventfd).
@@ -83,6 +86,7 @@ pub struct MmioSlot {
     mem: GuestRam,
     /// Raises the slot's interrupt line in the guest when written (KVM irqfd).
     irq: Arc<EventFd>,
+    registers: RegisterPage,
     transport: Mutex<Option<Transport>>,
 }
 
@@ -104,9 +108,20 @@ pub enum SlotError {
 }
 
 impl MmioSlot {
-    /// An empty slot whose interrupt line is raised by `irq`.
-    pub fn new(mem: GuestRam, irq: EventFd) -> Self {
-        Self { mem, irq: Arc::new(irq), transport: Mutex::new(None) }
+    /// An empty slot with these registers, all zero so far, whose interrupt line is raised by `irq`.
+    pub fn new(mem: GuestRam, irq: EventFd, registers: RegisterPage) -> Self {
+        let slot = Self { mem, irq: Arc::new(irq), registers, transport: Mutex::new(None) };
+        slot.show_empty();
+        slot
+    }
+
+    /// s4.2.2.2: what there is without a device, beside zeroes.
+    fn show_empty(&self) {
+        for (register, value) in
+            [(reg::MAGIC_VALUE, MAGIC), (reg::VERSION, MMIO_VERSION), (reg::VENDOR_ID, VENDOR)]
+        {
+            self.registers.set(register, value);
+        }
     }
 
     /// Puts a device into the slot. Returns what can be registered with KVM: the driver's kick of each queue, in order, and writes that tell nothing;
@@ -119,8 +134,9 @@ impl MmioSlot {
         if slot.is_some() {
             return Err(SlotError::Taken);
         }
-        let transport = Transport::new(device, self.mem.clone(), self.irq.clone())?;
+        let transport = Transport::new(device, self.mem.clone(), self.irq.clone(), self.registers.clone())?;
         let signals = transport.signals()?;
+        transport.show();
         *slot = Some(transport);
         Ok(signals)
     }
@@ -132,6 +148,8 @@ impl MmioSlot {
     pub fn empty(&self) -> Result<Vec<Signal>, SlotError> {
         let mut transport = self.lock().take().ok_or(SlotError::Empty)?;
         transport.reset();
+        self.registers.clear();
+        self.show_empty();
         transport.signals()
     }
 
@@ -182,30 +200,15 @@ impl MmioSlot {
 }
 
 impl BusDevice for MmioSlot {
+    /// What KVM does by itself where the registers are shown to the guest.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let slot = self.lock();
-        if offset >= reg::CONFIG {
-            match slot.as_ref() {
-                Some(transport) => transport.device.read_config(offset - reg::CONFIG, data),
-                None => data.fill(0),
-            }
-            return;
-        }
-        // s4.2.2.2: the driver must access control registers by aligned 32-bit reads and writes.
-        let Ok(data) = <&mut [u8; 4]>::try_from(data) else { return };
-        let value = match (slot.as_ref(), offset) {
-            (_, reg::MAGIC_VALUE) => MAGIC,
-            (_, reg::VERSION) => MMIO_VERSION,
-            (_, reg::VENDOR_ID) => VENDOR,
-            (Some(transport), _) => transport.read(offset),
-            (None, _) => 0,
-        };
-        *data = value.to_le_bytes();
+        self.registers.read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut slot = self.lock();
         let Some(transport) = slot.as_mut() else { return };
+        // s4.2.2.2: the driver must access control registers by aligned 32-bit reads and writes.
         if offset >= reg::CONFIG {
             transport.device.write_config(offset - reg::CONFIG, data);
         } else if let Ok(data) = data.try_into() {
@@ -219,7 +222,7 @@ struct Transport {
     device: Box<dyn VirtioDevice>,
     mem: GuestRam,
     interrupt: Arc<MmioInterrupt>,
-    status: u32,
+    registers: RegisterPage,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
@@ -257,7 +260,12 @@ impl QueueRegisters {
 }
 
 impl Transport {
-    fn new(device: Box<dyn VirtioDevice>, mem: GuestRam, irq: Arc<EventFd>) -> Result<Self, SlotError> {
+    fn new(
+        mut device: Box<dyn VirtioDevice>,
+        mem: GuestRam,
+        irq: Arc<EventFd>,
+        registers: RegisterPage,
+    ) -> Result<Self, SlotError> {
         let mut queues = Vec::with_capacity(device.queue_sizes().len());
         for &max_size in device.queue_sizes() {
             queues.push(QueueRegisters {
@@ -271,16 +279,16 @@ impl Transport {
         let interrupt = Arc::new(MmioInterrupt {
             device: device.name(),
             irq,
-            status: AtomicU32::new(0),
+            registers: registers.clone(),
             raised_elsewhere: AtomicBool::new(false),
-            broken: AtomicBool::new(false),
             complained: AtomicBool::new(false),
         });
+        device.place_config(registers.config_space());
         Ok(Self {
             device,
             mem,
             interrupt,
-            status: 0,
+            registers,
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
@@ -305,23 +313,22 @@ impl Transport {
         self.device.features() | 1 << VIRTIO_F_VERSION_1
     }
 
-    fn read(&self, offset: u64) -> u32 {
-        let queue = self.queues.get(self.queue_select as usize);
-        match offset {
-            reg::DEVICE_ID => self.device.device_id(),
-            reg::DEVICE_FEATURES => half(self.features(), self.device_features_select),
-            reg::QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
-            reg::QUEUE_READY => queue.map_or(0, |queue| queue.config.ready.into()),
-            reg::INTERRUPT_STATUS => self.interrupt.status(),
-            reg::STATUS => {
-                let broken = self.interrupt.broken.load(Ordering::Acquire);
-                self.status | if broken { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
-            }
-            // s4.2.2: no shared memory region reads as one of length 2^64 - 1.
-            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
-            reg::CONFIG_GENERATION => self.device.config_generation(),
-            _ => 0,
+    /// Shows the guest that there is a device. The ID comes last: whoever reads it finds the rest.
+    fn show(&self) {
+        // s4.2.2: no shared memory region reads as one of length 2^64 - 1.
+        for register in (reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH).step_by(4) {
+            self.registers.set(register, u32::MAX);
         }
+        self.show_selected();
+        self.registers.set(reg::DEVICE_ID, self.device.device_id());
+    }
+
+    /// Shows what depends on what the driver has selected.
+    fn show_selected(&self) {
+        let queue = self.queues.get(self.queue_select as usize);
+        self.registers.set(reg::DEVICE_FEATURES, half(self.features(), self.device_features_select));
+        self.registers.set(reg::QUEUE_NUM_MAX, queue.map_or(0, |queue| queue.max_size.into()));
+        self.registers.set(reg::QUEUE_READY, queue.map_or(0, |queue| queue.config.ready.into()));
     }
 
     fn write(&mut self, offset: u64, value: u32) {
@@ -336,11 +343,12 @@ impl Transport {
                     let _ = registers.kick.write(1);
                 }
             }
-            reg::INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::AcqRel);
-            }
+            reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::STATUS => self.set_status(value),
             _ => self.configure_queue(offset, value),
+        }
+        if !matches!(offset, reg::QUEUE_NOTIFY | reg::INTERRUPT_ACK) {
+            self.show_selected();
         }
     }
 
@@ -400,7 +408,7 @@ impl Transport {
             return;
         }
         if value & VIRTIO_CONFIG_S_FAILED != 0 {
-            self.status |= VIRTIO_CONFIG_S_FAILED;
+            self.set(VIRTIO_CONFIG_S_FAILED);
             return;
         }
         let steps = [
@@ -416,7 +424,7 @@ impl Transport {
             if value & step == 0 || (step == VIRTIO_CONFIG_S_FEATURES_OK && !self.features_hold()) {
                 return;
             }
-            self.status |= step;
+            self.set(step);
             if step == VIRTIO_CONFIG_S_DRIVER_OK {
                 self.activate();
             }
@@ -463,10 +471,9 @@ impl Transport {
             registers.config = QueueConfig::default();
             let _ = registers.kick.read();
         }
-        self.interrupt.status.store(0, Ordering::Release);
         self.interrupt.raised_elsewhere.store(false, Ordering::Release);
-        self.interrupt.broken.store(false, Ordering::Release);
-        self.status = 0;
+        self.registers.set(reg::INTERRUPT_STATUS, 0);
+        self.registers.set(reg::STATUS, 0);
         self.device_features_select = 0;
         self.driver_features_select = 0;
         self.driver_features = 0;
@@ -474,10 +481,11 @@ impl Transport {
     }
 
     fn save(&self) -> Option<SlotState> {
+        let status = self.status();
         Some(SlotState {
-            status: self.status,
-            broken: self.interrupt.broken.load(Ordering::Acquire),
-            interrupt_status: self.interrupt.status(),
+            status: status & !VIRTIO_CONFIG_S_NEEDS_RESET,
+            broken: status & VIRTIO_CONFIG_S_NEEDS_RESET != 0,
+            interrupt_status: self.registers.at(reg::INTERRUPT_STATUS).load(Ordering::Acquire),
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
@@ -487,8 +495,16 @@ impl Transport {
         })
     }
 
+    fn status(&self) -> u32 {
+        self.registers.at(reg::STATUS).load(Ordering::Acquire)
+    }
+
     fn has(&self, bit: u32) -> bool {
-        self.status & bit != 0
+        self.status() & bit != 0
+    }
+
+    fn set(&self, bit: u32) {
+        self.registers.at(reg::STATUS).fetch_or(bit, Ordering::AcqRel);
     }
 }
 
@@ -517,22 +533,24 @@ struct BadQueue(usize);
 struct MmioInterrupt {
     device: &'static str,
     irq: Arc<EventFd>,
-    /// The register `InterruptStatus`.
-    status: AtomicU32,
-    /// Somebody else raises the interrupt for used buffers, so it cannot be known here whether it is pending.
+    registers: RegisterPage,
+    /// Somebody else raises the interrupt for used buffers, so it cannot be known here whether it is pending. The guest always finds it
+    /// announced: a driver then looks into its rings, and goes away if there is nothing (Linux 6.12 drivers/virtio/virtio_ring.c,
+    /// vring_interrupt()).
     raised_elsewhere: AtomicBool,
-    /// `DEVICE_NEEDS_RESET`.
-    broken: AtomicBool,
     /// A guest may break a device over and over; it is told of once.
     complained: AtomicBool,
 }
 
 impl MmioInterrupt {
-    /// A driver that finds used buffers announced looks into its rings, and goes away if there are none (Linux 6.12
-    /// drivers/virtio/virtio_ring.c, vring_interrupt()).
-    fn status(&self) -> u32 {
+    fn status(&self) -> &AtomicU32 {
+        self.registers.at(reg::INTERRUPT_STATUS)
+    }
+
+    fn acknowledge(&self, causes: u32) {
         let elsewhere = self.raised_elsewhere.load(Ordering::Acquire);
-        self.status.load(Ordering::Acquire) | if elsewhere { VIRTIO_MMIO_INT_VRING } else { 0 }
+        let stays = if elsewhere { VIRTIO_MMIO_INT_VRING } else { 0 };
+        self.status().fetch_and(!causes | stays, Ordering::AcqRel);
     }
 
     /// A cause that the driver has not acknowledged yet is on its way to it already: it acknowledges first and looks second (s4.2.3.3;
@@ -540,7 +558,7 @@ impl MmioInterrupt {
     /// thus interrupts no oftener than its driver takes interrupts. Nothing of the kind is known of used buffers that are also announced elsewhere.
     fn raise(&self, cause: u32) {
         let is_unknown = cause == VIRTIO_MMIO_INT_VRING && self.raised_elsewhere.load(Ordering::Acquire);
-        if is_unknown || self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
+        if is_unknown || self.status().fetch_or(cause, Ordering::AcqRel) & cause == 0 {
             // Only a counter at its limit refuses, and then the interrupt is pending already.
             let _ = self.irq.write(1);
         }
@@ -555,6 +573,7 @@ impl InterruptLine for MmioInterrupt {
     fn queue_event(&self) -> io::Result<EventFd> {
         let event = self.irq.try_clone()?;
         self.raised_elsewhere.store(true, Ordering::Release);
+        self.status().fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::AcqRel);
         Ok(event)
     }
 
@@ -563,7 +582,7 @@ impl InterruptLine for MmioInterrupt {
     }
 
     fn needs_reset(&self, reason: &dyn std::error::Error) {
-        self.broken.store(true, Ordering::Release);
+        self.registers.at(reg::STATUS).fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::AcqRel);
         if !self.complained.swap(true, Ordering::AcqRel) {
             let cause = reason.source().map_or(String::new(), |source| format!(": {source}"));
             log::warn!("virtio-{} stops until its driver resets it: {reason}{cause}", self.device);

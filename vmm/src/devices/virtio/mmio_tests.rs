@@ -5,8 +5,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::rng::RngState;
-use crate::devices::virtio::{ActivateError, DeviceState, QueuePosition, SavedDevice, read_config_bytes};
+use crate::devices::virtio::{ActivateError, ConfigSpace, DeviceState, QueuePosition, SavedDevice};
 
 /// What the probe device was told, in order.
 #[derive(Debug, PartialEq)]
@@ -44,8 +45,8 @@ impl VirtioDevice for Probe {
     fn is_interrupted_elsewhere(&self) -> bool {
         self.elsewhere
     }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&CONFIG, offset, data);
+    fn place_config(&mut self, space: ConfigSpace) {
+        space.write(0, &CONFIG);
     }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         if self.refuse {
@@ -87,7 +88,8 @@ impl Bench {
     fn with(refuse: bool, elsewhere: bool) -> Self {
         let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap());
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let slot = MmioSlot::new(mem, irq.try_clone().unwrap());
+        let registers = Registers::new(0, 1).unwrap();
+        let slot = MmioSlot::new(mem, irq.try_clone().unwrap(), registers.page(0).unwrap());
         let (calls_sender, calls) = channel();
         let (interrupt, interrupts) = channel();
         let probe = Probe { calls: calls_sender, refuse, elsewhere, interrupt };

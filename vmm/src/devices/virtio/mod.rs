@@ -4,7 +4,7 @@
 //! * [`queue`] - a virtqueue as devices see it: every index and length the guest chose checked before use.
 //! * [`state`] - what a slot and its device would need to go on elsewhere.
 //! * [`loop_part`] - the part of a device that works on the event loop, [`served`] - that of one which only serves its queues; [`counter`] - what devices count with.
-//! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs.
+//! * [`mmio`] - the MMIO transport, with slots that are filled and emptied while the guest runs; [`registers`] - what the guest reads of them.
 //! * `balloon`, `blk`, `fs`, `mem`, `net`, `pmem`, `rng`, `vsock` - the devices.
 //!
 //! A device knows nothing of its transport, and a transport nothing of what its device does.
@@ -19,6 +19,7 @@ pub mod mmio;
 pub mod net;
 pub mod pmem;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 pub(crate) mod served;
 pub mod state;
@@ -34,6 +35,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use queue::{QueueError, VirtQueue};
+pub use registers::ConfigSpace;
 pub use state::{DeviceState, QueuePosition, SavedDevice, SlotState};
 
 /// Memory of the guest, shared by everything that reads or writes it.
@@ -42,8 +44,8 @@ pub type GuestRam = Arc<GuestMemoryMmap<()>>;
 /// A virtio device behind some transport.
 ///
 /// The transport calls these from whichever thread carries the guest's register access or the control request, never from
-/// two at a time. Order: any number of `features`/`read_config`/`write_config`, then `activate` once the driver has set
-/// `DRIVER_OK`, then config accesses again, then `reset`, after which the device is as new and the circle starts over.
+/// two at a time. Order: `place_config`, any number of `features`/`write_config`, then `activate` once the driver has set
+/// `DRIVER_OK`, then `write_config` again, then `reset`, after which the device is as new and the circle starts over.
 pub trait VirtioDevice: Send {
     /// Device ID (virtio 1.3 s5).
     fn device_id(&self) -> u32;
@@ -63,15 +65,11 @@ pub trait VirtioDevice: Send {
         false
     }
 
-    /// Reads configuration space. Bytes beyond its end read as zero: see [`read_config_bytes`].
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Where its configuration space is. The device writes there what drivers are to read, now and whenever it changes. Most have
+    /// nothing that changes; by default there is nothing at all.
+    fn place_config(&mut self, _space: ConfigSpace) {}
 
-    /// Changes whenever something in configuration space has changed that a driver reads in more than one access (virtio 1.3 s2.5.1).
-    fn config_generation(&self) -> u32 {
-        0
-    }
-
-    /// Writes configuration space. Most devices have nothing writable there.
+    /// The driver writes to configuration space. Most devices have nothing writable there.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The driver is ready: start to work on the queues.
@@ -205,12 +203,4 @@ impl Activation {
         // The loop pushed exactly N.
         taken.try_into().map_err(|_| ActivateError::MissingQueue(0))
     }
-}
-
-/// Answers a read of configuration space held in `config`; what lies beyond its end reads as zero.
-pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    let Some(tail) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
-    let length = tail.len().min(data.len());
-    data[..length].copy_from_slice(&tail[..length]);
 }

@@ -15,8 +15,8 @@ use super::counter::Counter;
 use super::queue::Chain;
 use super::served::{Serve, ServedPart, Turn};
 use super::{
-    ActivateError, Activation, DeviceState, GuestRam, QueueError, SavedDevice, VirtQueue, VirtioDevice,
-    read_config_bytes,
+    ActivateError, Activation, ConfigSpace, DeviceState, GuestRam, QueueError, SavedDevice, VirtQueue,
+    VirtioDevice,
 };
 use crate::event_loop::LoopHandle;
 use crate::memory::window::MappedFile;
@@ -80,10 +80,10 @@ impl VirtioDevice for Pmem {
         0
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn place_config(&mut self, space: ConfigSpace) {
         // s5.19.4, struct virtio_pmem_config.
         let config = [self.file.start().0.to_le_bytes(), self.file.length().to_le_bytes()];
-        read_config_bytes(config.as_flattened(), offset, data);
+        space.write(0, config.as_flattened());
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -168,7 +168,7 @@ mod tests {
 
     use super::*;
     use crate::devices::virtio::QueuePosition;
-    use crate::devices::virtio::testing::{Hostile, MockDriver};
+    use crate::devices::virtio::testing::{Hostile, MockDriver, config_of};
     use crate::event_loop::EventLoop;
     use crate::memory::slot::testing::FakeSlots;
     use crate::memory::window::Window;
@@ -198,8 +198,7 @@ mod tests {
     #[test]
     fn tells_where_the_memory_is() {
         with_pmem(|pmem, _| {
-            let mut config = [0xff; 20];
-            pmem.read_config(0, &mut config);
+            let config: [u8; 20] = config_of(pmem);
             assert_eq!(config[..8], START.to_le_bytes());
             assert_eq!(config[8..16], (4 * MIB).to_le_bytes());
             assert_eq!(config[16..], [0; 4]);

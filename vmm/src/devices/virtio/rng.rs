@@ -66,11 +66,6 @@ impl VirtioDevice for Rng {
         0
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        // virtio 1.3 s5.4.4: there is none.
-        data.fill(0);
-    }
-
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.source.start(activation, Source { counters: self.counters.clone() })
     }

@@ -19,7 +19,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, GuestRam, InterruptLine, VirtQueue};
+use super::mmio::reg;
+use super::registers::Registers;
+use super::{Activation, ConfigSpace, GuestRam, InterruptLine, VirtQueue, VirtioDevice};
 
 /// A descriptor is the last of its chain unless it has this flag (virtio 1.3 s2.7.5).
 pub(crate) const NEXT: u16 = 1;
@@ -496,4 +498,30 @@ impl InterruptLine for MockInterrupt {
     fn needs_reset(&self, reason: &dyn Error) {
         self.change(|counts| counts.resets.push(reason.to_string()));
     }
+}
+
+impl ConfigSpace {
+    /// One that is in no slot.
+    pub(crate) fn alone() -> Self {
+        Registers::new(0, 1).unwrap().page(0).unwrap().config_space()
+    }
+
+    /// The first `N` bytes, as a driver reads them.
+    pub(crate) fn read<const N: usize>(&self) -> [u8; N] {
+        let mut bytes = [0xff; N];
+        self.page().read(reg::CONFIG, &mut bytes);
+        bytes
+    }
+
+    /// What changes when it changes.
+    pub(crate) fn generation(&self) -> u32 {
+        self.page().at(reg::CONFIG_GENERATION).load(Ordering::Acquire)
+    }
+}
+
+/// The first `N` bytes of a device's configuration space.
+pub(crate) fn config_of<const N: usize>(device: &mut impl VirtioDevice) -> [u8; N] {
+    let space = ConfigSpace::alone();
+    device.place_config(space.clone());
+    space.read()
 }

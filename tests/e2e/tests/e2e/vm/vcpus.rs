@@ -150,8 +150,8 @@ fn exits_and_devices_are_counted(t: &Test) -> Result<()> {
     let exits = |kind: &str| vm.metrics().map(|metrics| metrics.exits[kind]);
     // The boot mark and the console.
     ensure!(exits("io_out")? > 0);
-    // The driver that was bound to the share's slot.
-    ensure!(exits("mmio_read")? > 0 && exits("mmio_write")? > 0);
+    // The driver that was bound to the share's slot. What it reads is memory.
+    ensure!(exits("mmio_read")? == 0 && exits("mmio_write")? > 0);
     ensure!(exits("ended")? == 0);
     vm.sh("echo hello > /dev/ttyS0")?;
     ensure!(exits("io_out")? > before.exits["io_out"]);

@@ -14,8 +14,8 @@ mod queues;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
@@ -26,10 +26,11 @@ use self::queues::Queues;
 use super::counter::Counter;
 use super::served::ServedPart;
 use super::{
-    ActivateError, Activation, DeviceRequest, DeviceRequestError, DeviceState, InterruptLine, SavedDevice,
-    VirtioDevice, read_config_bytes,
+    ActivateError, Activation, ConfigSpace, DeviceRequest, DeviceRequestError, DeviceState, InterruptLine,
+    SavedDevice, VirtioDevice,
 };
 use crate::event_loop::LoopHandle;
+use crate::locked;
 use crate::memory::reclaim::{PAGE, Reclaimable};
 
 /// Inflating, deflating, statistics, free page hinting, free page reporting (s5.5.2). Linux has one request under way in the first three, hints as
@@ -96,6 +97,7 @@ pub struct BalloonState {
 /// What the device and its part on the event loop both know.
 #[derive(Default)]
 struct Shared {
+    config: Mutex<Option<ConfigSpace>>,
     // s5.5.4, struct virtio_balloon_config.
     num_pages: AtomicU32,
     actual: Arc<AtomicU32>,
@@ -106,6 +108,18 @@ struct Shared {
     stats: [AtomicU64; STATS.len()],
     /// Someone wants to know anew.
     stats_wanted: AtomicBool,
+}
+
+impl Shared {
+    /// Shows the driver how things are.
+    fn show(&self) {
+        let config = locked(self.config.lock());
+        let fields = [&self.num_pages, &self.actual, &self.hint, &self.poison];
+        let fields = fields.map(|field| field.load(Ordering::Acquire).to_le_bytes());
+        if let Some(config) = &*config {
+            config.write(0, fields.as_flattened());
+        }
+    }
 }
 
 /// s5.5.6.4, by tag.
@@ -175,11 +189,9 @@ impl VirtioDevice for Balloon {
         if self.reporting { always | feature::PAGE_REPORTING } else { always }
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let Shared { num_pages, actual, hint, poison, .. } = &*self.shared;
-        let config =
-            [num_pages, actual, hint, poison].map(|field| field.load(Ordering::Acquire).to_le_bytes());
-        read_config_bytes(config.as_flattened(), offset, data);
+    fn place_config(&mut self, space: ConfigSpace) {
+        *locked(self.shared.config.lock()) = Some(space);
+        self.shared.show();
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -187,8 +199,9 @@ impl VirtioDevice for Balloon {
         match offset {
             4 => self.shared.actual.store(value, Ordering::Release),
             12 => self.shared.poison.store(value, Ordering::Release),
-            _ => {}
+            _ => return,
         }
+        self.shared.show();
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -222,6 +235,7 @@ impl VirtioDevice for Balloon {
         actual.store(0, Ordering::Release);
         hint.store(hint::DONE, Ordering::Release);
         poison.store(0, Ordering::Release);
+        self.shared.show();
         for stat in stats {
             stat.store(UNKNOWN, Ordering::Relaxed);
         }
@@ -283,6 +297,7 @@ impl VirtioDevice for Balloon {
                 }
                 // No machine has 2^32 pages.
                 self.shared.num_pages.store((bytes / PAGE) as u32, Ordering::Release);
+                self.shared.show();
                 // A driver that is not there yet reads it when it comes.
                 let _ = self.signal_config();
                 Ok(())
@@ -294,6 +309,7 @@ impl VirtioDevice for Balloon {
                 }
                 self.round = self.round.wrapping_add(1).max(hint::FIRST);
                 self.shared.hint.store(self.round, Ordering::Release);
+                self.shared.show();
                 self.signal_config()
             }
             _ => Err(DeviceRequestError::NotForThis(request)),

@@ -143,6 +143,7 @@ impl Queues {
             && asked.compare_exchange(round, hint::DONE, Ordering::AcqRel, Ordering::Acquire).is_ok()
         {
             counters.hint_rounds.add(1);
+            self.shared.show();
             self.interrupt.signal_config();
         }
         0

@@ -19,6 +19,7 @@ const ALL: u64 = feature::STATS_VQ
 
 struct Bench {
     balloon: Balloon,
+    config: ConfigSpace,
     driver: MockDriver,
     actual: Arc<AtomicU32>,
     events: LoopHandle,
@@ -33,8 +34,10 @@ impl Bench {
         let actual = Arc::new(AtomicU32::new(99));
         let memory = Reclaimable::new(driver.mem.clone());
         let mut balloon = Balloon::new(handle.clone(), memory, true, actual.clone());
+        let config = ConfigSpace::alone();
+        balloon.place_config(config.clone());
         balloon.activate(driver.activation(ALL)).unwrap();
-        Self { balloon, driver, actual, events: handle, thread }
+        Self { balloon, config, driver, actual, events: handle, thread }
     }
 
     /// Writes to the first bytes of a page.
@@ -68,8 +71,7 @@ impl Bench {
     }
 
     fn config(&self) -> [u32; 4] {
-        let mut bytes = [0; 16];
-        self.balloon.read_config(0, &mut bytes);
+        let bytes: [u8; 16] = self.config.read();
         std::array::from_fn(|i| u32::from_le_bytes(bytes[i * 4..][..4].try_into().unwrap()))
     }
 

@@ -41,8 +41,8 @@ use self::request::{MAX_DISCARD_SECTORS, MAX_ZERO_SECTORS};
 use self::session::Session;
 use self::worker::Worker;
 use super::{
-    ActivateError, Activation, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice, VirtQueue,
-    VirtioDevice, read_config_bytes,
+    ActivateError, Activation, ConfigSpace, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice,
+    VirtQueue, VirtioDevice,
 };
 use crate::locked;
 use crate::rate_limiter::RateLimiter;
@@ -189,7 +189,7 @@ impl VirtioDevice for Blk {
             | queues
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn place_config(&mut self, space: ConfigSpace) {
         let image = &self.disk.image;
         let mut config = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
@@ -208,7 +208,7 @@ impl VirtioDevice for Blk {
             put(52, &1u32.to_le_bytes());
             put(56, &[1]);
         }
-        read_config_bytes(&config, offset, data);
+        space.write(0, &config);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

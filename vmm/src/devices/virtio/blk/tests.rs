@@ -14,7 +14,7 @@ use virtio_bindings::virtio_blk::{
 use super::engine::Choice::{self, Best, Plain};
 use super::*;
 use crate::devices::virtio::QueuePosition;
-use crate::devices::virtio::testing::{Hostile, MockDriver, NOWHERE, Segment};
+use crate::devices::virtio::testing::{Hostile, MockDriver, NOWHERE, Segment, config_of};
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 /// A number no status has.
@@ -139,9 +139,9 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
 }
 
 fn config_space_holds_what_the_features_say(engine: Choice) {
-    let guest = Guest::with(engine, Guest::new(engine, 7, false).image, BlkOptions { queues: 3, ..OPTIONS });
-    let mut config = [0xff; 64];
-    guest.blk.read_config(0, &mut config);
+    let mut guest =
+        Guest::with(engine, Guest::new(engine, 7, false).image, BlkOptions { queues: 3, ..OPTIONS });
+    let config: [u8; 64] = config_of(&mut guest.blk);
     let number = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
     assert_eq!(config[..8], 7u64.to_le_bytes());
     assert_eq!((number(8), number(12), number(20)), (128 << 10, 254, 512));
@@ -149,8 +149,8 @@ fn config_space_holds_what_the_features_say(engine: Choice) {
     assert_eq!((number(36), number(40)), (MAX_DISCARD_SECTORS, 1));
     assert_eq!((number(48), number(52), number(56)), (MAX_ZERO_SECTORS, 1, 1));
     assert_eq!(number(60), 0);
-    let one = Guest::new(engine, 7, true);
-    one.blk.read_config(0, &mut config);
+    let mut one = Guest::new(engine, 7, true);
+    let config: [u8; 64] = config_of(&mut one.blk);
     assert_eq!(config[34..60], [&[1, 0][..], &[0; 24]].concat());
     let differ = [VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_F_RO];
     let bits = differ.iter().map(|bit| 1u64 << bit).sum::<u64>();

@@ -33,7 +33,7 @@ use self::counters::Counters;
 use self::descriptors::Allotment;
 use self::pool::Pool;
 use self::share::{Share, ShareSource};
-use super::{ActivateError, Activation, DeviceState, SavedDevice, VirtioDevice, read_config_bytes};
+use super::{ActivateError, Activation, ConfigSpace, DeviceState, SavedDevice, VirtioDevice};
 use crate::jail;
 
 /// The hiprio queue and one request queue. Linux limits a request to what its queue holds without indirect descriptors, and the
@@ -153,8 +153,8 @@ impl VirtioDevice for Fs {
         1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
+    fn place_config(&mut self, space: ConfigSpace) {
+        space.write(0, &self.config);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

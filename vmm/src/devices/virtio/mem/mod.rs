@@ -10,8 +10,8 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -20,10 +20,11 @@ use self::request::Requests;
 use super::counter::Counter;
 use super::served::ServedPart;
 use super::{
-    ActivateError, Activation, DeviceRequest, DeviceRequestError, DeviceState, InterruptLine, SavedDevice,
-    VirtioDevice, read_config_bytes,
+    ActivateError, Activation, ConfigSpace, DeviceRequest, DeviceRequestError, DeviceState, InterruptLine,
+    SavedDevice, VirtioDevice,
 };
 use crate::event_loop::LoopHandle;
+use crate::locked;
 use crate::memory::hotplug::Hotplug;
 
 /// Linux has one request under way.
@@ -59,8 +60,7 @@ struct Shared {
     hotplug: Arc<Hotplug>,
     /// s5.15.4: `requested_size`.
     requested: AtomicU64,
-    /// What the driver reads in two halves has changed.
-    generation: AtomicU32,
+    config: Mutex<Option<ConfigSpace>>,
     counters: Counters,
 }
 
@@ -76,8 +76,24 @@ struct Counters {
 }
 
 impl Shared {
-    fn changed(&self) {
-        self.generation.fetch_add(1, Ordering::Release);
+    /// Shows the driver how things are.
+    fn show(&self) {
+        let hotplug = &self.hotplug;
+        let config = locked(self.config.lock());
+        // s5.15.4, struct virtio_mem_config. The second field is a node of NUMA, which there is none of. All of the region is usable:
+        // what limits the guest is how much it may plug, not where.
+        let fields = [
+            hotplug.block(),
+            0,
+            hotplug.start().0,
+            hotplug.length(),
+            hotplug.length(),
+            hotplug.plugged(),
+            self.requested.load(Ordering::Acquire),
+        ];
+        if let Some(config) = &*config {
+            config.write(0, fields.map(u64::to_le_bytes).as_flattened());
+        }
     }
 }
 
@@ -88,7 +104,7 @@ impl Mem {
         let shared = Shared {
             hotplug,
             requested: AtomicU64::new(0),
-            generation: AtomicU32::new(0),
+            config: Mutex::default(),
             counters: Counters::default(),
         };
         Self { shared: Arc::new(shared), requests: ServedPart::new(events), interrupt: None, most }
@@ -112,24 +128,9 @@ impl VirtioDevice for Mem {
         UNPLUGGED_INACCESSIBLE
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let hotplug = &self.shared.hotplug;
-        // s5.15.4, struct virtio_mem_config. The second field is a node of NUMA, which there is none of. All of the region is usable:
-        // what limits the guest is how much it may plug, not where.
-        let config = [
-            hotplug.block(),
-            0,
-            hotplug.start().0,
-            hotplug.length(),
-            hotplug.length(),
-            hotplug.plugged(),
-            self.shared.requested.load(Ordering::Acquire),
-        ];
-        read_config_bytes(config.map(u64::to_le_bytes).as_flattened(), offset, data);
-    }
-
-    fn config_generation(&self) -> u32 {
-        self.shared.generation.load(Ordering::Acquire)
+    fn place_config(&mut self, space: ConfigSpace) {
+        *locked(self.shared.config.lock()) = Some(space);
+        self.shared.show();
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -190,7 +191,7 @@ impl VirtioDevice for Mem {
         }
         let requested = bytes.next_multiple_of(self.shared.hotplug.block());
         self.shared.requested.store(requested, Ordering::Release);
-        self.shared.changed();
+        self.shared.show();
         // A driver that is not there yet reads it when it comes.
         if let Some(interrupt) = &self.interrupt {
             interrupt.signal_config();

@@ -184,7 +184,7 @@ impl Requests {
         let after = hotplug.plugged();
         self.shared.counters.bytes_plugged.add(after.saturating_sub(before));
         self.shared.counters.bytes_unplugged.add(before.saturating_sub(after));
-        self.shared.changed();
+        self.shared.show();
         if work.next < work.blocks.end {
             return Ok(false);
         }

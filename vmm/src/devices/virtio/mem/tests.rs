@@ -21,6 +21,7 @@ const ERROR: u16 = 3;
 
 struct Bench {
     mem: Mem,
+    config: ConfigSpace,
     driver: MockDriver,
     slots: Arc<FakeSlots>,
     ram: GuestRam,
@@ -36,9 +37,11 @@ impl Bench {
         let (hotplug, slots, ram) = hotplug(BLOCKS);
         let mut mem = Mem::new(handle.clone(), hotplug, BLOCKS * 2 * MIB);
         let mut driver = MockDriver::new(&QUEUE_SIZES);
+        let config = ConfigSpace::alone();
+        mem.place_config(config.clone());
         mem.activate(driver.activation(UNPLUGGED_INACCESSIBLE)).unwrap();
         mem.request(DeviceRequest::Plug(mib * MIB)).unwrap();
-        Self { mem, driver, slots, ram, events: handle, thread }
+        Self { mem, config, driver, slots, ram, events: handle, thread }
     }
 
     fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
@@ -57,10 +60,9 @@ impl Bench {
 
     /// `plugged_size` and `requested_size` as the driver reads them, in MiB.
     fn sizes(&self) -> (u64, u64) {
-        let mut config = [0; 16];
-        self.mem.read_config(40, &mut config);
+        let config: [u8; 56] = self.config.read();
         let at = |at: usize| u64::from_le_bytes(config[at..at + 8].try_into().unwrap()) / MIB;
-        (at(0), at(8))
+        (at(40), at(48))
     }
 }
 
@@ -83,8 +85,7 @@ fn request(kind: u16, address: u64, count: u16) -> [u8; 24] {
 #[test]
 fn configuration_says_where_and_how_much() {
     let bench = Bench::asked_for(6);
-    let mut config = [0xff; 60];
-    bench.mem.read_config(0, &mut config);
+    let config: [u8; 60] = bench.config.read();
     let expected = [2 * MIB, 0, START, BLOCKS * 2 * MIB, BLOCKS * 2 * MIB, 0, 6 * MIB];
     assert_eq!(config[..56], *expected.map(u64::to_le_bytes).as_flattened());
     assert_eq!(config[56..], [0; 4]);
@@ -163,10 +164,10 @@ fn more_may_not_be_asked_for_than_there_is() {
         bench.mem.request(DeviceRequest::HintFreePages),
         Err(DeviceRequestError::NotForThis(_))
     ));
-    let generation = bench.mem.config_generation();
+    let generation = bench.config.generation();
     bench.mem.request(DeviceRequest::Plug(3 * MIB)).unwrap();
     assert_eq!(bench.sizes(), (0, 4), "whole blocks");
-    assert_ne!(bench.mem.config_generation(), generation);
+    assert_ne!(bench.config.generation(), generation);
     bench.driver.interrupt.wait("a change of configuration", |counts| counts.config == 2);
     // Asked to shrink, the guest cannot plug.
     assert_eq!(bench.plug(0, 2), ACK);

@@ -47,8 +47,8 @@ use self::tap::{GUEST_OFFLOADS, Tap, TapError};
 use self::vhost::{Vhost, VhostError};
 use self::worker::{Rings, Worker};
 use super::{
-    ActivateError, Activation, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice, VirtioDevice,
-    read_config_bytes,
+    ActivateError, Activation, ConfigSpace, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice,
+    VirtioDevice,
 };
 use crate::locked;
 use crate::rate_limiter::RateLimiter;
@@ -280,12 +280,12 @@ impl VirtioDevice for Net {
         self.vhost
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn place_config(&mut self, space: ConfigSpace) {
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&self.mac);
         config[8..10].copy_from_slice(&self.queue_pairs.to_le_bytes());
         config[10..].copy_from_slice(&self.shared.mtu.to_le_bytes());
-        read_config_bytes(&config, offset, data);
+        space.write(0, &config);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

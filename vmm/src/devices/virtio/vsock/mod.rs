@@ -35,7 +35,7 @@ pub use handle::{Accepted, ConnectError, Connected, VsockHandle, VsockState};
 use worker::Worker;
 
 use super::loop_part::LoopPart;
-use super::{ActivateError, Activation, DeviceState, SavedDevice, VirtioDevice, read_config_bytes};
+use super::{ActivateError, Activation, ConfigSpace, DeviceState, SavedDevice, VirtioDevice};
 use crate::event_loop::LoopHandle;
 use crate::locked;
 
@@ -84,10 +84,10 @@ impl VirtioDevice for Vsock {
         1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
+    fn place_config(&mut self, space: ConfigSpace) {
         // virtio 1.3 s5.10.4: le64, of which the upper half is zero.
         let cid = u64::from(locked(self.shared.state.lock()).guest_cid);
-        read_config_bytes(&cid.to_le_bytes(), offset, data);
+        space.write(0, &cid.to_le_bytes());
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

@@ -4,12 +4,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::*;
+use crate::devices::virtio::testing::config_of;
 
 #[test]
 fn config_space_holds_the_tag_and_one_request_queue() {
-    let guest = Guest::unmounted(false);
-    let mut config = [0xff; 48];
-    guest.fs.read_config(0, &mut config);
+    let mut guest = Guest::unmounted(false);
+    let config: [u8; 48] = config_of(&mut guest.fs);
     assert_eq!(&config[..8], b"share\0\0\0");
     assert_eq!(config[36..40], 1u32.to_le_bytes());
     assert_eq!(config[40..], [0; 8]);

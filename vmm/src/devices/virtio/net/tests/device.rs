@@ -14,7 +14,7 @@ use super::super::tap::TapError;
 use super::super::{Net, NetConfig, NetError, header};
 use super::host::{self, Host, MAC};
 use super::with_header;
-use crate::devices::virtio::testing::{MockDriver, Segment};
+use crate::devices::virtio::testing::{MockDriver, Segment, config_of};
 use crate::devices::virtio::{
     ActivateError, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice, VirtioDevice,
 };
@@ -217,9 +217,8 @@ fn new_limit_counts_at_once() {
 #[test]
 fn configuration_space_tells_address_pairs_and_mtu() {
     let (_host, taps) = Host::new(2);
-    let net = Net::open(taps, &config(2)).unwrap();
-    let mut space = [0xff; 16];
-    net.read_config(0, &mut space);
+    let mut net = Net::open(taps, &config(2)).unwrap();
+    let space: [u8; 16] = config_of(&mut net);
     assert_eq!(space, [2, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0xdc, 0x05, 0, 0, 0, 0]);
     assert_eq!(net.queue_sizes().len(), 5);
     for feature in [VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4] {

@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use super::guest::{CLOSED, Guest, LISTEN, MAX_DATA, Sock, TX, pattern};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::testing::config_of;
 use crate::devices::virtio::vsock::ConnectError;
 use crate::devices::virtio::vsock::connection::BUF_ALLOC;
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, SHUT_BOTH, SHUT_RCV, SHUT_SEND, op};
@@ -22,9 +23,8 @@ fn assert_end(stream: &mut UnixStream) {
 
 #[test]
 fn config_space_holds_the_guest_cid() {
-    let guest = Guest::asleep();
-    let mut bytes = [0xff; 10];
-    guest.device.read_config(0, &mut bytes);
+    let mut guest = Guest::asleep();
+    let bytes: [u8; 10] = config_of(&mut guest.device);
     assert_eq!(bytes, [3, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 }
 
