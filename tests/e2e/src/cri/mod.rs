@@ -354,10 +354,18 @@ impl Pod<'_> {
     /// # Errors
     /// What containerd says.
     pub fn exec(&self, container: &str, script: &str) -> Result<Finished> {
+        self.probe(container, script, 0)
+    }
+
+    /// The same, within so many seconds; 0 is forever.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn probe(&self, container: &str, script: &str, timeout: i64) -> Result<Finished> {
         let request = api::ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()],
-            timeout: 0,
+            timeout,
         };
         let answer =
             self.cri.call(async |mut client| client.exec_sync(request).await).context("run a command")?;
@@ -373,6 +381,15 @@ impl Pod<'_> {
         let finished = self.exec(container, script)?;
         ensure!(finished.code == 0, "{script:?}: {finished:?}");
         Ok(finished.stdout)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn stats(&self, container: &str) -> Result<api::ContainerStats> {
+        let request = api::ContainerStatsRequest { container_id: container.to_owned() };
+        self.cri.call(async |mut client| client.container_stats(request).await)?.stats.context("no stats")
     }
 
     /// The state of a container.

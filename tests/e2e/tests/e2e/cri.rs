@@ -33,6 +33,7 @@ pub(crate) const CASES: &[Case] = cases![
     volumes_are_seen_as_they_change,
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
+    classes_of_service_are_as_the_kubelet_says,
     limits_hold_and_can_be_changed,
     machine_grows_and_shrinks_with_what_its_containers_ask_for,
 ];
@@ -100,14 +101,20 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
         config.mounts.push(mount(&volume, "/volume", false));
         config
     };
-    // An init container ends before the others begin, and leaves them something.
-    let init = pod.start(with_volume("init", "echo made > /volume/page; hostname; exit 0"))?;
-    let ended = pod.wait(&init)?;
-    ensure!(ended.exit_code == 0 && ended.reason == "Completed", "{ended:?}");
-    ensure!(pod.log("init")? == "web\n", "{}", pod.log("init")?);
+    // Init containers end one after the other before the others begin, and leave them something.
+    for (name, text) in [
+        ("init", "mkdir /volume/first; hostname; exit 0"),
+        ("second", "rmdir /volume/first && echo made > /volume/page; hostname; exit 0"),
+    ] {
+        let ended = pod.wait(&pod.start(with_volume(name, text))?)?;
+        ensure!(ended.exit_code == 0 && ended.reason == "Completed", "{ended:?}");
+        ensure!(pod.log(name)? == "web\n", "{}", pod.log(name)?);
+    }
 
-    let mut server =
-        with_volume("server", "trap 'exit 3' TERM; httpd -h /volume -p 80; echo up $A; sleep 1000 & wait");
+    let mut server = with_volume(
+        "server",
+        "trap 'echo asked >> /volume/order; exit 3' TERM; httpd -h /volume -p 80; echo up $A; sleep 1000 & wait",
+    );
     server.envs.push(api::KeyValue { key: "A".to_owned(), value: "b".to_owned() });
     let server = pod.start(server)?;
     until_logged(&pod, "server", "up b")?;
@@ -115,6 +122,12 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
     let boot = |id: &str| pod.sh(id, "cat /proc/sys/kernel/random/boot_id; ls /sys/class/net | tr '\\n' ' '");
     ensure!(boot(&server)? == boot(&client)?, "one machine");
     ensure!(t.vmms()?.len() == 1, "one machine");
+    let shared = |id: &str| pod.sh(id, "cd /proc/self/ns; for ns in ipc net uts; do readlink $ns; done");
+    ensure!(shared(&server)? == shared(&client)?, "IPC, network and host name are the pod's");
+    let own = |id: &str| pod.sh(id, "cd /proc/self/ns; for ns in cgroup mnt pid; do readlink $ns; done");
+    ensure!(own(&server)?.lines().zip(own(&client)?.lines()).all(|(one, other)| one != other));
+    pod.sh(&server, "echo shared > /dev/shm/memory")?;
+    ensure!(pod.sh(&client, "cat /dev/shm/memory")? == "shared\n");
     ensure!(pod.sh(&client, "wget -q -O - http://127.0.0.1/page")? == "made\n");
     // Each sees its own processes.
     ensure!(pod.sh(&client, "ps -o comm | grep -c httpd || true")? == "0\n");
@@ -124,8 +137,18 @@ fn come_and_go(t: &Test, release: &'static Release) -> Result<()> {
         "{finished:?}"
     );
 
+    // A probe that takes too long is killed.
+    let error = pod.probe(&client, "exec sleep 4321", 1).err().context("a probe of more than 1 s")?;
+    ensure!(format!("{error:#}").contains("DeadlineExceeded"), "{error:#}");
+    time::until("the probe is gone", || Ok(pod.sh(&client, "pgrep -f 'sleep 432[1]' || true")?.is_empty()))?;
+
     streams_go_both_ways(&pod, &client)?;
+    // What a kubelet does before it asks a container to stop, which comes after it.
+    ensure!(pod.sh(&server, "echo before > /volume/order")?.is_empty());
     pod.stop(&server, GRACE)?;
+    ensure!(
+        pod.sh(&client, "true")?.is_empty() && fs::read_to_string(volume.join("order"))? == "before\nasked\n"
+    );
     let ended = pod.status(&server)?;
     ensure!(ended.exit_code == 3 && ended.reason == "Error", "{ended:?}");
     pod.remove_container(&server)?;
@@ -597,6 +620,15 @@ fn security_context_holds(t: &Test) -> Result<()> {
     ] {
         ensure!(log.contains(line), "{line:?}: {log}");
     }
+    let mut config = script("capable", "grep -E 'Cap(Eff|Bnd)' /proc/self/status | tr -d '\\t'");
+    of_container(&mut config)?.capabilities = Some(api::Capability {
+        add_capabilities: vec!["NET_ADMIN".to_owned()],
+        drop_capabilities: vec!["ALL".to_owned()],
+        ..Default::default()
+    });
+    pod.wait(&pod.start(config)?)?;
+    let log = pod.log("capable")?;
+    ensure!(log == "CapEff:0000000000001000\nCapBnd:0000000000001000\n", "{log}");
     pod.remove()?;
 
     // Privileged is what it is in the guest: there are no devices of the host.
@@ -641,6 +673,40 @@ fn with_limits(name: &str, resources: api::LinuxContainerResources) -> Result<ap
     let mut config = script(name, SLEEP);
     config.linux.as_mut().context("none")?.resources = Some(resources);
     Ok(config)
+}
+
+/// What a kubelet says of the containers of a pod of each class of quality of service.
+fn classes_of_service_are_as_the_kubelet_says(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    for (class, oom_score_adj, cpu_shares, weight) in
+        [("guaranteed", -997, 1024, "39"), ("burstable", 984, 512, "20"), ("besteffort", 1000, 2, "1")]
+    {
+        let mut config = cri.pod_config(class);
+        let parent = format!("/{}/{class}/pod", t.id());
+        config.linux.as_mut().context("none")?.cgroup_parent = parent.clone();
+        let pod = cri.run_pod(config)?;
+        let resources = api::LinuxContainerResources {
+            oom_score_adj,
+            cpu_shares,
+            unified: [("memory.oom.group".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        let id = pod.start(with_limits(class, resources)?)?;
+        let seen =
+            pod.sh(&id, "cat /proc/1/oom_score_adj; cd /sys/fs/cgroup; cat cpu.weight memory.oom.group")?;
+        ensure!(seen == format!("{oom_score_adj}\n{weight}\n1\n"), "{class}: {seen}");
+        for (pid, _) in t.vmms()?.into_iter().chain(t.processes(SHIM)?) {
+            let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            ensure!(cgroup.contains(&parent), "{pid} is not in the pod's cgroup: {cgroup}");
+        }
+        // What a kubelet asks for every ten seconds.
+        let stats = pod.stats(&id)?;
+        let memory = stats.memory.and_then(|memory| memory.working_set_bytes).map_or(0, |bytes| bytes.value);
+        let cpu = stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).map_or(0, |used| used.value);
+        ensure!(memory > 0 && cpu > 0, "{memory} bytes, {cpu} ns");
+        pod.remove()?;
+    }
+    cri.end()
 }
 
 fn limits_hold_and_can_be_changed(t: &Test) -> Result<()> {
