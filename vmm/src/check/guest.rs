@@ -145,13 +145,17 @@ enum SetupError {
 
 /// Tries every probe.
 pub(super) fn run(kvm: &Kvm) -> Vec<Finding> {
+    try_all(kvm, &probes())
+}
+
+fn try_all(kvm: &Kvm, probes: &[Probe]) -> Vec<Finding> {
     let mem = match memory::allocate(MEMORY_MIB) {
         Ok(mem) => mem,
         Err(error) => return vec![Finding::new("guest memory", false, error.to_string())],
     };
     let mut findings = Vec::new();
-    for probe in probes() {
-        match try_one(kvm, &mem, &probe) {
+    for probe in probes {
+        match try_one(kvm, &mem, probe) {
             Ok(Some(Outcome::Right)) => {
                 findings.push(Finding::new(probe.name, true, "executed in the guest"));
             }
@@ -337,5 +341,54 @@ fn run_to_end(vcpu: &mut VcpuFd) -> Outcome {
             Err(error) if error.errno() == libc::EAGAIN => continue,
             Err(error) => Outcome::Failed(format!("KVM_RUN failed: {error}")),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::tests::kvm;
+
+    const fn bad(name: &'static str, code: &'static [u8]) -> Probe {
+        Probe { name, code, only_with: None }
+    }
+
+    /// One for each way in which a host can fail; the last is the only one after which the others are not tried.
+    const BAD: [Probe; 5] = [
+        // mov al, 0; out 0x10, al
+        bad("wrong", &[0xb0, 0, 0xe6, 0x10]),
+        // ud2
+        bad("exception", &[0x0f, 0x0b]),
+        // lidt [rdi]; ud2
+        bad("no handlers", &[0x0f, 0x01, 0x1f, 0x0f, 0x0b]),
+        // mov al, 1; out 0x13, al
+        bad("no such port", &[0xb0, 1, 0xe6, 0x13]),
+        // jmp $
+        bad("endless", &[0xeb, 0xfe]),
+    ];
+
+    #[test]
+    fn every_way_to_fail_is_told() {
+        let Some(kvm) = kvm() else { return };
+        let [wrong, exception, no_handlers, no_port, endless] = BAD;
+        let good = Probe { name: "good", code: code!("nothing"), only_with: None };
+        // A feature no leaf has.
+        let elsewhere = Probe { only_with: Some((0x4fff_ffff, 0, 0, 0)), ..bad("elsewhere", &[0x0f, 0x0b]) };
+        let probes =
+            [wrong, elsewhere, exception, good, no_handlers, no_port, endless, bad("never", &[0x0f])];
+        let findings = try_all(&kvm, &probes);
+        let found: Vec<_> = findings.iter().map(|it| (it.name.as_ref(), it.ok, it.detail.as_str())).collect();
+        let port = found.get(4).map(|it| it.2).unwrap_or_default();
+        assert!(port.starts_with("unexpected exit IoOut(19, "), "{found:?}");
+        let expected = [
+            ("wrong", false, "executed with a wrong result"),
+            ("exception", false, "raised exception 6"),
+            ("good", true, "executed in the guest"),
+            ("no handlers", false, "triple fault"),
+            ("no such port", false, port),
+            ("endless", false, "did not end within 3 s"),
+            ("the other instructions", false, "not tried after one that hung"),
+        ];
+        assert_eq!(found, expected);
     }
 }

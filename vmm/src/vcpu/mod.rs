@@ -17,7 +17,7 @@ mod count;
 pub mod exit;
 mod run;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -25,7 +25,7 @@ const COUNTER: GuestAddress = GuestAddress(0x2000);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `/dev/kvm`, if it can run guests.
-fn kvm() -> Option<Kvm> {
+pub(crate) fn kvm() -> Option<Kvm> {
     if let Some(finding) = check::run().into_iter().find(|finding| !finding.ok) {
         let reason = format!("this host's KVM cannot run a guest: {}: {}", finding.name, finding.detail);
         // Set where these tests are run because of their need of KVM (tests/e2e).

@@ -31,7 +31,7 @@ pub(crate) const GROUPS: &[&[Case]] = &[
 ];
 
 const CASES: &[Case] =
-    cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_of_vcpus_pass_with_kvm];
+    cases![script_has_the_whole_guest_and_gives_its_result_back, unit_tests_that_need_kvm_pass];
 
 /// The harness itself.
 fn script_has_the_whole_guest_and_gives_its_result_back(t: &Test) -> Result<()> {
@@ -53,16 +53,19 @@ fn script_has_the_whole_guest_and_gives_its_result_back(t: &Test) -> Result<()> 
 }
 
 /// They are built with the VMM, and skip themselves where there is no KVM.
-fn unit_tests_of_vcpus_pass_with_kvm(_: &Test) -> Result<()> {
+fn unit_tests_that_need_kvm_pass(_: &Test) -> Result<()> {
     let program =
         std::env::var_os("KVRUN_VMM_TESTS").context("KVRUN_VMM_TESTS must name the VMM's unit tests")?;
-    let output =
-        Command::new(program).args(["vcpu::", "--nocapture"]).env("KVRUN_E2E_REQUIRED", "1").output()?;
+    let output = Command::new(program)
+        .args(["vcpu::", "check::", "--nocapture"])
+        .env("KVRUN_E2E_REQUIRED", "1")
+        .output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(
         output.status.success()
             && !said.contains("skipped")
-            && said.contains("a_saved_vcpu_goes_on_in_another_machine"),
+            && said.contains("a_saved_vcpu_goes_on_in_another_machine")
+            && said.contains("every_way_to_fail_is_told"),
         "{said}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
