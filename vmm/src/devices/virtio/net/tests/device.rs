@@ -1,7 +1,11 @@
 //! The device as a whole, over taps of the host's kernel.
 
+use std::error::Error;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use kvrun_vmm_api::RateLimit;
 use libc::{IFF_NO_PI, IFF_TAP, IFF_VNET_HDR};
@@ -9,14 +13,15 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::tap::TapError;
-use super::super::{Net, NetConfig, NetError, header};
+use super::super::{Net, NetConfig, NetError, QUEUE_SIZE, header};
 use super::host::{self, Host, MAC};
 use super::with_header;
-use crate::devices::virtio::testing::{MockDriver, Segment, config_of};
+use crate::devices::virtio::testing::{MockDriver, MockInterrupt, Segment, config_of};
 use crate::devices::virtio::{
-    ActivateError, DeviceRequest, DeviceRequestError, DeviceState, SavedDevice, VirtioDevice,
+    ActivateError, DeviceRequest, DeviceRequestError, DeviceState, InterruptLine, SavedDevice, VirtioDevice,
 };
 
 const UNLIMITED: RateLimit =
@@ -143,6 +148,115 @@ fn pausing_loses_nothing() {
     bench.net.pause();
     bench.net.reset();
     assert!(bench.net.save().unwrap().queues.is_empty());
+}
+
+/// Notes which queue had a turn in which it moved something, in order: each ends with an interrupt.
+#[derive(Default)]
+struct Turns {
+    turns: Mutex<Vec<u16>>,
+    driver: Arc<MockInterrupt>,
+}
+
+impl Turns {
+    fn so_far(&self) -> Vec<u16> {
+        self.turns.lock().unwrap().clone()
+    }
+}
+
+impl InterruptLine for Turns {
+    fn signal_queue(&self, queue: u16) {
+        self.turns.lock().unwrap().push(queue);
+        self.driver.signal_queue(queue);
+    }
+
+    fn queue_event(&self) -> io::Result<EventFd> {
+        self.driver.queue_event()
+    }
+
+    fn signal_config(&self) {
+        self.driver.signal_config();
+    }
+
+    fn needs_reset(&self, reason: &dyn Error) {
+        self.driver.needs_reset(reason);
+    }
+}
+
+/// A link whose driver is not there yet, but has decided what to say first.
+fn with_turns(prepare: impl FnOnce(&mut Bench)) -> (Bench, Arc<Turns>) {
+    let mut bench = Bench::new(1, FEATURES);
+    bench.net.reset();
+    let mut activation = bench.driver.activation(FEATURES);
+    let turns = Arc::new(Turns { driver: bench.driver.interrupt.clone(), ..Turns::default() });
+    activation.interrupt = turns.clone();
+    prepare(&mut bench);
+    bench.net.activate(activation).unwrap();
+    (bench, turns)
+}
+
+#[test]
+fn neither_direction_waits_for_the_other_to_run_dry() {
+    let many = usize::from(QUEUE_SIZE);
+    let (mut bench, turns) = with_turns(|bench| {
+        let packet = bench.driver.readable(&with_header(&host::frame(60, 1)));
+        for _ in 0..many {
+            bench.host.send(&host::frame(60, 0));
+            bench.driver.add(1, &[packet]);
+        }
+        bench.offer(0, many);
+    });
+    for _ in 0..many {
+        bench.driver.wait_used(0);
+        bench.driver.wait_used(1);
+    }
+    // 64 packets each.
+    assert_eq!(turns.so_far(), [0, 1, 0, 1, 0, 1, 0, 1]);
+}
+
+#[test]
+fn packets_leave_within_two_turns_of_a_tap_that_never_runs_dry() {
+    let (mut bench, turns) = with_turns(|_| ());
+    let buffer = bench.offer(0, usize::from(QUEUE_SIZE))[0];
+    let packet = bench.driver.readable(&with_header(&host::frame(60, 1)));
+    let count = |queue| turns.so_far().iter().filter(|turn| **turn == queue).count();
+    let Bench { host, driver, .. } = &mut bench;
+    let (host, end) = (&*host, AtomicBool::new(false));
+    // How many turns of the tap came before each packet left.
+    let mut waited = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !end.load(Ordering::Relaxed) {
+                host.throw(&host::frame(60, 0));
+            }
+        });
+        let receive = |driver: &mut MockDriver| {
+            while driver.pop_used(0).is_some() {
+                driver.add(0, &[buffer]);
+            }
+            driver.kick_if_wanted(0);
+        };
+        for sent in 0..50 {
+            // It is at it.
+            while count(0) < 3 * (sent + 1) {
+                receive(driver);
+            }
+            driver.add(1, &[packet]);
+            driver.kick_if_wanted(1);
+            let before = turns.so_far().len();
+            while count(1) == sent && turns.so_far().len() < before + 100 {
+                receive(driver);
+            }
+            let meanwhile = &turns.so_far()[before..];
+            // If it is not in there, it was before the driver had looked.
+            let turn =
+                if count(1) == sent { Some(100) } else { meanwhile.iter().position(|turn| *turn == 1) };
+            waited.push(turn.unwrap_or(0));
+            driver.pop_used(1);
+        }
+        end.store(true, Ordering::Relaxed);
+    });
+    // The turn at hand when the driver kicked, and that in which the kick is not seen yet.
+    assert!(waited.iter().all(|turns| *turns <= 2), "{waited:?}");
 }
 
 #[test]

@@ -70,6 +70,11 @@ impl Host {
         assert_eq!(rustix::net::send(&self.packets, frame, flags).unwrap(), frame.len());
     }
 
+    /// Sends a frame that may be lost: to more than the tap holds.
+    pub(super) fn throw(&self, frame: &[u8]) {
+        let _ = rustix::net::send(&self.packets, frame, rustix::net::SendFlags::empty());
+    }
+
     /// The next experimental frame from the guest.
     pub(super) fn receive(&self) -> Vec<u8> {
         loop {
