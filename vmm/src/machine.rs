@@ -331,7 +331,8 @@ impl Machine {
         self.vcpus.resume();
     }
 
-    /// All of the machine but its memory, which must be paused.
+    /// All of the machine but its memory, which must be paused. Not to be called where threads have filters: what they would have to allow for it
+    /// is in docs/limits.md.
     ///
     /// # Errors
     /// [`SaveError`]; the machine is as it was.
