@@ -16,7 +16,7 @@ use kvrun_vmm_api::{CONTROL_FD, Channel, SHARE_FD};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, set_capabilities, unshare_unsafe};
 
 /// How long the program may take to be where it waits: it takes milliseconds.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -259,11 +259,48 @@ fn privileges_are_those_of_a_file_server() {
                 assert_eq!(vmm.status(key), value, "{key}");
             }
             let limits = fs::read_to_string(vmm.proc("limits")).unwrap();
-            for limit in ["Max core file size", "Max msgqueue size"] {
+            for (limit, most) in [("Max core file size", "1"), ("Max msgqueue size", "0")] {
                 let line = limits.lines().find_map(|line| line.strip_prefix(limit)).unwrap();
-                assert!(line.trim_start().starts_with("0  "), "{limits}");
+                let words: Vec<_> = line.split_whitespace().collect();
+                assert_eq!(words[..2], [most, most], "{limits}");
             }
         }
+    });
+}
+
+/// A process that is dumpable and in a user namespace of its own; it ends with the test.
+struct Dumpable(Child);
+
+impl Dumpable {
+    fn new() -> Self {
+        let mut command = Command::new("sleep");
+        command.arg("1000").stdin(Stdio::null());
+        // SAFETY: one system call, of which the parent notices nothing.
+        unsafe { command.pre_exec(|| Ok(unshare_unsafe(UnshareFlags::NEWUSER)?)) };
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Dumpable {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn its_memory_is_closed_to_processes_of_its_user() {
+    in_mount_namespace(|| {
+        let vmm = Vmm::jailed(None);
+        let dumpable = Dumpable::new();
+        // As a process of the host's user 0 without privileges over others; it made both user namespaces, and so owns them.
+        let mut capabilities = capabilities(None).unwrap();
+        capabilities.effective.remove(CapabilitySet::SYS_PTRACE);
+        set_capabilities(None, capabilities).unwrap();
+        let look_into = |pid: u32| fs::File::open(format!("/proc/{pid}/mem")).map(drop);
+        look_into(dumpable.0.id()).unwrap();
+        let error = look_into(vmm.child.id()).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
     });
 }
 

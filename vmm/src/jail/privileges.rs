@@ -35,12 +35,15 @@ pub(super) fn drop_all_but_those_for_files(files: bool) -> Result<(), JailError>
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed("drop capabilities"))?;
     set_no_new_privs(true).map_err(failed("renounce new privileges"))?;
+    // Whoever acts for a user of the guest makes the kernel set this to what the host has in fs.suid_dumpable (Linux 6.12 kernel/cred.c,
+    // commit_creds()): 0, the same, unless its administrator says otherwise.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid core dumps"))?;
 
-    // A core dump would hold guest memory, and queues of messages kernel memory.
-    for resource in [Resource::Core, Resource::Msgqueue] {
-        let none = Rlimit { current: Some(0), maximum: Some(0) };
-        setrlimit(resource, none).map_err(failed("limit resources"))?;
+    // A core dump would hold what the process knows of its guest, and queues of messages kernel memory. One byte, for a limit of none means
+    // nothing where the host hands core dumps to a program, and one byte means that there is none there, either (fs/coredump.c, do_coredump()).
+    for (resource, most) in [(Resource::Core, 1), (Resource::Msgqueue, 0)] {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        setrlimit(resource, limit).map_err(failed("limit resources"))?;
     }
     Ok(())
 }
