@@ -34,7 +34,11 @@ fn vmm(t: &Test) -> Result<PathBuf> {
 
 fn every_thread_is_filtered(t: &Test) -> Result<()> {
     let vm = Machine::boot(t, Shape { vcpus: 2, ..Shape::default() })?;
-    vm.sh("ls -R / >/dev/null")?;
+    let image = file_on_disk()?;
+    vm.attach(FIRST_SLOT, disk(), &[image.as_fd()])?;
+    let link = Link::new(1500, 2)?;
+    link.attach(&vm, FIRST_SLOT + 1)?;
+    vm.sh(&format!("ls -R / >/dev/null; dd if=/dev/vda of=/dev/null bs=64k count=4; ping -c 1 {}", HOST.0))?;
     let mut names = Vec::new();
     for thread in fs::read_dir(vmm(t)?.join("task"))? {
         let status = fs::read_to_string(thread?.path().join("status"))?;
@@ -46,7 +50,7 @@ fn every_thread_is_filtered(t: &Test) -> Result<()> {
         ensure!(field("NoNewPrivs") == Some("1") && field("CapBnd") == Some("0000000000000000"), "{status}");
         names.push(name);
     }
-    for class in [Class::Main, Class::Vcpu, Class::EventLoop, Class::Fs, Class::Spawner] {
+    for class in Class::ALL {
         ensure!(names.iter().any(|name| name.starts_with(class.name())), "no {class:?} in {names:?}");
     }
     Ok(())
@@ -187,11 +191,11 @@ fn over_links(vm: &Machine) -> Result<()> {
     Ok(())
 }
 
+fn disk() -> DeviceConfig {
+    DeviceConfig::Blk { read_only: false, serial: "x".into(), queues: 1, limit: RateLimit::default() }
+}
+
 fn on_disks(t: &Test, vm: &Machine) -> Result<()> {
-    let blk = || {
-        let limit = RateLimit::default();
-        DeviceConfig::Blk { read_only: false, serial: "x".into(), queues: 1, limit }
-    };
     let script = "dd if=/dev/urandom of=/dev/vda bs=64k count=4 conv=fsync && dd if=/dev/vda of=/dev/null bs=64k count=4
                   blkdiscard /dev/vda";
     // On a disk, so with an io_uring; in memory; and a block device.
@@ -200,7 +204,7 @@ fn on_disks(t: &Test, vm: &Machine) -> Result<()> {
     let device = Loop::over(&t.scratch().join("disk"))?;
     let on_device = File::options().read(true).write(true).open(device.path())?;
     for image in [&file_on_disk()?, &in_memory, &on_device] {
-        vm.attach(FIRST_SLOT, blk(), &[image.as_fd()])?;
+        vm.attach(FIRST_SLOT, disk(), &[image.as_fd()])?;
         vm.sh(script)?;
         vm.detach(FIRST_SLOT)?;
     }
@@ -209,9 +213,9 @@ fn on_disks(t: &Test, vm: &Machine) -> Result<()> {
 
 fn on_memory(vm: &Machine) -> Result<()> {
     let image = file_on_disk()?;
-    // The guest's driver does not take this one yet (docs/limits.md); the VMM maps and unmaps the file all the same.
-    vm.block_on(vm.pod().vmm().attach(FIRST_SLOT, DeviceConfig::Pmem, &[image.as_fd()]))?;
-    vm.block_on(vm.pod().vmm().detach(FIRST_SLOT))?;
+    let device = vm.attach(FIRST_SLOT, DeviceConfig::Pmem, &[image.as_fd()])?.context("no block device")?;
+    vm.sh(&format!("dd if=/dev/{device} of=/dev/null bs=64k"))?;
+    vm.detach(FIRST_SLOT)?;
     vm.attach(FIRST_SLOT, DeviceConfig::Mem, &[])?;
     for mib in [16, 0] {
         vm.block_on(vm.pod().vmm().resize_memory(mib))?;
