@@ -1,8 +1,8 @@
 //! The table of system calls: who may make which, with which arguments, and why. Also part of the build script, which makes the filters from
 //! it.
 //!
-//! One line per call and reason. A call that no line allows ends the process ([`super::violation`]); with those of [`NEVER`] the kernel does that itself. A line that nobody needs is an error too:
-//! `tests/e2e` looks at real machines and finds it, unless the line says [`Rule::rarely`] when it is needed.
+//! One line per call and reason. A call that no line allows ends the process ([`super::violation`]); with those of [`NEVER`] the kernel does that itself. A line that one of its classes does not need is an error
+//! too: `tests/e2e` looks at real machines and finds it, unless the line says [`Rule::rarely`] when it is needed.
 //!
 //! A filter sees the number of a call and its arguments, not what pointers among them point to. Arguments are looked at where they tell much used
 //! calls from dangerous ones: no memory is ever made executable, no socket is made, no ioctl is made but those listed.
@@ -85,6 +85,8 @@ macro_rules! call {
 use Condition::{Is, Null, Without};
 
 const EVERY: &[Class] = &[Main, Vcpu, EventLoop, Fs, Blk, Net];
+/// Those that begin and end while the machine is there.
+const SPAWNED: &[Class] = &[Vcpu, EventLoop, Fs, Blk, Net];
 const ANY: &[Condition] = &[];
 /// No memory that can be executed.
 const NO_CODE: &[Condition] = &[Without(2, libc::PROT_EXEC as u32)];
@@ -187,22 +189,26 @@ pub const NEVER: &[Call] = &[
 pub const RULES: &[Rule] = &[
     // What every thread does: wait, allocate, end.
     allow(EVERY, call!(SYS_futex), ANY, "locks, channels, joins"),
-    allow(EVERY, call!(SYS_read), ANY, "eventfds: kicks, wake-ups"),
+    allow(&[Main, Vcpu, EventLoop, Blk, Net], call!(SYS_read), ANY, "eventfds: kicks, wake-ups"),
     allow(EVERY, call!(SYS_write), ANY, "eventfds: interrupts, wake-ups; complaints on standard error"),
     allow(EVERY, call!(SYS_close), ANY, "descriptors that are done with"),
     allow(EVERY, call!(SYS_fcntl), &[Is(1, libc::F_GETFD as u32)], "closing a descriptor").rarely("the VMM is built with debug assertions"),
-    allow(EVERY, call!(SYS_brk), ANY, "malloc: the first heap"),
-    allow(EVERY, call!(SYS_mmap), NO_CODE, "malloc: heaps of threads, large blocks"),
+    allow(&[Main], call!(SYS_brk), ANY, "malloc: the first heap"),
+    allow(SPAWNED, call!(SYS_brk), ANY, "malloc: the first heap").rarely("a thread gives back the end of it, which the main thread has left; or there are more threads than heaps, eight for each processor"),
+    allow(&[Main, Fs, Blk], call!(SYS_mmap), NO_CODE, "malloc: heaps of threads, large blocks"),
+    allow(&[Vcpu, EventLoop, Net], call!(SYS_mmap), NO_CODE, "malloc: heaps of threads, large blocks").rarely("a vector of more than 128 KiB, or a heap is full"),
     allow(EVERY, call!(SYS_munmap), ANY, "malloc; what a thread that ends leaves"),
     allow(EVERY, call!(SYS_mprotect), NO_CODE, "malloc: heaps of threads grow").rarely("the heap of a thread grows beyond 132 KiB"),
-    allow(EVERY, call!(SYS_madvise), &[Is(2, libc::MADV_DONTNEED as u32)], "the stack of a thread that ends"),
+    allow(SPAWNED, call!(SYS_madvise), &[Is(2, libc::MADV_DONTNEED as u32)], "the stack of a thread that ends; memory that a guest gives back"),
+    allow(&[Main], call!(SYS_madvise), &[Is(2, libc::MADV_DONTNEED as u32)], "malloc: heaps of threads shrink").rarely("it gives back the end of a heap, which a thread has left"),
     allow(EVERY, call!(SYS_mremap), ANY, "malloc: large blocks grow").rarely("a vector grows beyond 128 KiB"),
     allow(&[Main, Vcpu, EventLoop, Blk, Net], call!(SYS_openat), ANY, "malloc asks /proc about overcommitting before it gives memory back, and takes what it would be told in the jail anyway for an answer").refused(libc::ENOENT).rarely("a thread's heap shrinks; no tracer sees it"),
-    allow(EVERY, call!(SYS_getrandom), ANY, "keys of hash maps; the entropy device"),
+    allow(&[Vcpu, EventLoop], call!(SYS_getrandom), ANY, "keys of hash maps; the entropy device"),
     allow(EVERY, call!(SYS_sigaltstack), ANY, "a thread that ends"),
     allow(EVERY, call!(SYS_rt_sigprocmask), ANY, "a thread that ends"),
-    allow(EVERY, call!(SYS_exit), ANY, "a thread that ends"),
-    allow(EVERY, call!(SYS_exit_group), ANY, "the end of the process"),
+    allow(SPAWNED, call!(SYS_exit), ANY, "a thread that ends"),
+    allow(&[Main], call!(SYS_exit_group), ANY, "the end of the process"),
+    allow(SPAWNED, call!(SYS_exit_group), ANY, "the end of the process").rarely("a panic, or a call that is not allowed"),
     allow(EVERY, call!(SYS_sched_yield), ANY, "channels, for a moment before they sleep").rarely("two threads race for a channel"),
     allow(EVERY, call!(SYS_clock_gettime), ANY, "time").rarely("the host's clock source is one that only the kernel reads"),
     allow(EVERY, call!(SYS_restart_syscall), ANY, "goes on waiting").rarely("somebody stops the process and continues it"),
@@ -210,7 +216,7 @@ pub const RULES: &[Rule] = &[
     allow(EVERY, call!(SYS_rt_sigaction), &[Is(0, libc::SIGSEGV as u32)], "the handler that tells a stack overflow, done").rarely("the VMM crashes"),
     allow(EVERY, call!(SYS_rt_sigaction), &[Is(0, libc::SIGBUS as u32)], "the same handler").rarely("the VMM crashes"),
     allow(EVERY, call!(SYS_gettid), ANY, "abort(3)").rarely("the VMM crashes"),
-    allow(&[Vcpu, EventLoop, Fs, Blk, Net], call!(SYS_getpid), ANY, "abort(3)").rarely("the VMM crashes"),
+    allow(SPAWNED, call!(SYS_getpid), ANY, "abort(3)").rarely("the VMM crashes"),
     allow(EVERY, call!(SYS_tgkill), &[Is(2, libc::SIGABRT as u32)], "abort(3)").rarely("the VMM crashes"),
     allow(&[Main, EventLoop, Fs, Blk, Net], call!(SYS_rt_sigreturn), ANY, "the handler that tells a stack overflow").rarely("the VMM crashes"),
 
