@@ -69,13 +69,26 @@ pub(crate) fn drive(
     if outcome.is_ok() || data.len() > 64 { Corpus::Keep } else { Corpus::Reject }
 }
 
-/// virtio-blk over an image in memory.
+/// virtio-blk over an image in memory, or one on a disk, which is served by a ring where there is one; with limits that it keeps running
+/// into, and that let it go on at once.
 pub(crate) fn blk(data: &[u8]) -> Corpus {
-    let image = memfd_create("disk", MemfdFlags::CLOEXEC).expect("memfd");
-    File::from(image.try_clone().expect("descriptor")).set_len(64 * 1024).expect("memory");
-    let read_only = data.first().is_some_and(|byte| byte & 1 == 1);
-    let options = BlkOptions { read_only, serial: "serial", queues: 2, limit: RateLimit::default() };
-    live(data, Box::new(Blk::open(image, options).expect("a disk")), &[0, 1])
+    let choice = data.first().copied().unwrap_or(0);
+    let image = if choice & 2 == 0 {
+        File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("memfd"))
+    } else {
+        // From where `tests/fuzz/run` runs it.
+        tempfile::tempfile_in("target/fuzz").expect("a file without a name")
+    };
+    image.set_len(64 * 1024).expect("room");
+    let mut limit = RateLimit::default();
+    if choice & 4 != 0 {
+        (limit.bytes_per_second, limit.bytes_burst) = (1 << 26, 512);
+    }
+    if choice & 8 != 0 {
+        (limit.ops_per_second, limit.ops_burst) = (10_000, 1);
+    }
+    let options = BlkOptions { read_only: choice & 1 == 1, serial: "serial", queues: 2, limit };
+    live(data, Box::new(Blk::open(image.into(), options).expect("a disk")), &[0, 1])
 }
 
 /// virtio-fs over a directory that `tests/fuzz/run` makes: a small file system of its own.

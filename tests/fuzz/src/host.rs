@@ -5,11 +5,16 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use kvrun_agent_api::agent::{GetInfoRequest, ProcessRequest};
+use kvrun_agent_api::agent::{
+    BindSlotRequest, ContainerRequest, CreateContainerRequest, Empty, ForgetRequest, GetInfoRequest,
+    LookAtProcRequest, ProcessRequest,
+};
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use kvrun_pod::bundle::Bundle;
 use kvrun_vmm::arch::x86_64::kernel;
+use kvrun_vmm::arch::{PlatformState, VcpuState};
 use kvrun_vmm::devices::virtio::state::SlotState;
+use kvrun_vmm::state::MachineState;
 use kvrun_vmm_api::{Channel, ChannelError, FromVmm, ToVmm};
 use libfuzzer_sys::Corpus;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -67,17 +72,25 @@ pub(crate) fn kernel(data: &[u8]) -> Corpus {
     Corpus::Keep
 }
 
-/// A saved device: whatever is understood says the same when it is said again.
+/// A saved machine, or a part of one: whatever is understood says the same when it is said again.
 pub(crate) fn state(data: &[u8]) -> Corpus {
-    if let Ok(state) = serde_json::from_slice::<SlotState>(data) {
-        let text = serde_json::to_vec(&state).expect("serializable");
-        assert_eq!(serde_json::from_slice::<SlotState>(&text).expect("its own words"), state);
-    }
+    saved::<MachineState>(data);
+    saved::<SlotState>(data);
+    saved::<VcpuState>(data);
+    saved::<PlatformState>(data);
     Corpus::Keep
 }
 
+fn saved<T: DeserializeOwned + Serialize>(data: &[u8]) {
+    if let Ok(state) = serde_json::from_slice::<T>(data) {
+        let text = serde_json::to_vec(&state).expect("serializable");
+        let again = serde_json::from_slice::<T>(&text).expect("its own words");
+        assert_eq!(serde_json::to_vec(&again).expect("serializable"), text);
+    }
+}
+
 /// The agent's answers, as the engine reads them. The first byte says whether the rest is a message in a well-formed frame or the frame is
-/// the fuzzer's too.
+/// the fuzzer's too, and what was asked: something for each kind of answer.
 pub(crate) fn agent(data: &[u8]) -> Corpus {
     let Some((kind, data)) = data.split_first() else { return Corpus::Reject };
     let (near, mut far) = UnixStream::pair().expect("socket pair");
@@ -106,11 +119,23 @@ pub(crate) fn agent(data: &[u8]) -> Corpus {
             let _ = far.shutdown(std::net::Shutdown::Write);
         };
         let context = ttrpc::context::with_timeout(0);
-        let (info, process) = (GetInfoRequest::new(), ProcessRequest::new());
-        if kind & 2 == 0 {
-            let _ = tokio::join!(client.get_info(context, &info), end);
-        } else {
-            let _ = tokio::join!(client.wait_process(context, &process), end);
+        macro_rules! ask {
+            ($call:ident, $request:ty) => {{
+                let request = <$request>::new();
+                let _ = tokio::join!(client.$call(context, &request), end);
+            }};
+        }
+        match (kind >> 1) % 9 {
+            0 => ask!(get_info, GetInfoRequest),
+            1 => ask!(wait_process, ProcessRequest),
+            2 => ask!(read_log, Empty),
+            3 => ask!(bind_slot, BindSlotRequest),
+            4 => ask!(create_container, CreateContainerRequest),
+            5 => ask!(list_processes, ContainerRequest),
+            6 => ask!(look_at_proc, LookAtProcRequest),
+            7 => ask!(container_stats, ContainerRequest),
+            // All others are answered by the same.
+            _ => ask!(forget, ForgetRequest),
         }
     });
     Corpus::Keep
