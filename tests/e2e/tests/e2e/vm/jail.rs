@@ -13,13 +13,14 @@ use kvrun_e2e::vm::link::{HOST, Link};
 use kvrun_e2e::vm::{FIRST_SLOT, Machine, Shape};
 use kvrun_e2e::{Case, Test, cases, time};
 use kvrun_vmm::thread::Class;
-use kvrun_vmm_api::{DeviceConfig, RateLimit};
+use kvrun_vmm_api::{DeviceConfig, FsCache, RateLimit};
 
 use super::fs::install_program;
 
 pub(crate) const CASES: &[Case] = cases![
     every_thread_is_filtered,
     descriptors_are_of_the_kinds_that_are_listed,
+    threads_and_descriptors_are_as_many_as_the_table_says,
     killed_by_its_filter_is_137_with_reason,
     landlock_confines_where_the_kernel_has_it,
     no_line_of_the_filters_is_there_for_nothing,
@@ -66,6 +67,100 @@ fn descriptors_are_of_the_kinds_that_are_listed(t: &Test) -> Result<()> {
         ensure!(known, "{target}");
     }
     Ok(())
+}
+
+/// Threads, and descriptors that lead neither into the share nor to a connection.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    threads: usize,
+    descriptors: usize,
+}
+
+impl Cost {
+    const fn of(threads: usize, descriptors: usize) -> Self {
+        Self { threads, descriptors }
+    }
+
+    /// With this many queues.
+    const fn queues(self, queues: usize) -> Self {
+        Self::of(self.threads, self.descriptors + 2 * queues)
+    }
+
+    fn now(vmm: &Path) -> Result<Self> {
+        let threads = fs::read_dir(vmm.join("task"))?.count();
+        let mut descriptors = 0;
+        for entry in fs::read_dir(vmm.join("fd"))? {
+            // Closed meanwhile.
+            let Ok(target) = fs::read_link(entry?.path()) else { continue };
+            let target = target.to_string_lossy();
+            descriptors += usize::from(!target.starts_with("/share") && !target.starts_with("socket:"));
+        }
+        Ok(Self { threads, descriptors })
+    }
+}
+
+impl std::ops::Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self::of(self.threads + other.threads, self.descriptors + other.descriptors)
+    }
+}
+
+/// The table of docs/security.md.
+fn threads_and_descriptors_are_as_many_as_the_table_says(t: &Test) -> Result<()> {
+    let shape = Shape { vcpus: 2, max_vcpus: 4, memory_mib: 160, hotplug_mib: 64, ..Shape::default() };
+    let vm = Machine::boot(t, shape)?;
+    let vmm = vmm(t)?;
+    let (vcpus, slots) = (usize::from(shape.max_vcpus), usize::from(shape.slots));
+    let (vsock, rng) = (Cost::of(0, 1).queues(3), Cost::of(0, 0).queues(1));
+    // Two more lead to its directory.
+    let share = Cost::of(9, 4).queues(2);
+    let alone = Cost::of(4, 9) + Cost::of(vcpus, vcpus + slots) + vsock + rng + share;
+    let check = |what: &str, table: Cost| -> Result<()> {
+        let now = Cost::now(&vmm)?;
+        // There are as many threads as there is work.
+        ensure!(
+            now.threads <= table.threads && now.descriptors == table.descriptors,
+            "{what}: {now:?}, not {table:?}"
+        );
+        Ok(())
+    };
+    vm.sh("ls -R / >/dev/null")?;
+    check("a machine with a share", alone)?;
+
+    let (image, link) = (file_on_disk()?, Link::new(1500, 2)?);
+    vm.attach(FIRST_SLOT, disk(), &[image.as_fd()])?;
+    link.attach(&vm, FIRST_SLOT + 1)?;
+    vm.attach(FIRST_SLOT + 2, DeviceConfig::Pmem, &[image.as_fd()])?;
+    vm.attach(FIRST_SLOT + 3, DeviceConfig::Mem, &[])?;
+    vm.attach(FIRST_SLOT + 4, DeviceConfig::Balloon { free_page_reporting: true }, &[])?;
+    let second = DeviceConfig::Fs {
+        directory: "rootfs".into(),
+        tag: "second".into(),
+        read_only: true,
+        cache: FsCache::Auto,
+        writeback: false,
+    };
+    vm.attach(FIRST_SLOT + 5, second, &[])?;
+    vm.sh(&format!("dd if=/dev/urandom of=/dev/vda bs=64k count=4 conv=fsync; ping -c 1 {}", HOST.0))?;
+    vm.sh("mount -t virtiofs second /mnt && ls -R /mnt >/dev/null && umount /mnt")?;
+    let (blk, net) = (Cost::of(9, 3).queues(1), Cost::of(2, 4).queues(5));
+    let (pmem, mem, balloon) = (Cost::of(0, 0).queues(1), Cost::of(0, 0).queues(1), Cost::of(0, 1).queues(5));
+    check("with one of everything", alone + blk + net + pmem + mem + balloon + share)?;
+    for slot in 0..6 {
+        vm.detach(FIRST_SLOT + slot)?;
+    }
+    check("without them", alone)?;
+    drop(link);
+
+    let link = Link::with_vhost(1500, 2)?;
+    link.attach(&vm, FIRST_SLOT)?;
+    vm.sh(&format!("ping -c 1 {}", HOST.0))?;
+    check("with a link that the host's kernel carries", alone + Cost::of(3, 7).queues(5))?;
+    vm.detach(FIRST_SLOT)?;
+    drop(link);
+    check("alone again", alone)
 }
 
 fn killed_by_its_filter_is_137_with_reason(t: &Test) -> Result<()> {

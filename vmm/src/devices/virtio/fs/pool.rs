@@ -169,6 +169,12 @@ impl Pool {
     pub(super) fn threads(&self) -> usize {
         locked(self.shared.state.lock()).threads.len()
     }
+
+    /// How many requests are being handled.
+    #[cfg(test)]
+    pub(super) fn busy(&self) -> usize {
+        locked(self.shared.state.lock()).busy
+    }
 }
 
 impl Drop for Pool {

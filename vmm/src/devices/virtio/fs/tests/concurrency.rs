@@ -110,6 +110,12 @@ fn more_blocking_requests_than_threads_are_all_served_in_the_end() {
             guest.driver.kick_if_wanted(REQUESTS);
         }
         leased.wait_for_opener();
+        // Each thread blocks, and as many requests wait: whoever took another one would be seen here.
+        let pool = guest.fs.pool.as_ref().unwrap();
+        while pool.busy() < MAX_THREADS {
+            std::thread::yield_now();
+        }
+        assert_eq!((pool.busy(), pool.threads()), (MAX_THREADS, MAX_THREADS));
         drop(leased);
         for _ in 0..MAX_THREADS * 2 {
             assert_eq!(guest.driver.wait_used(REQUESTS).1, 32);
