@@ -160,7 +160,13 @@ mod tests {
         let script = r#"test "$(cat)" = '{"id":"c1"}' && test "$A" = "b c" && test -z "$CARGO""#;
         run_all(&[hook(script, None)]).unwrap();
         // One that does not read it, and one that leaves a child behind.
-        run_all(&[hook("exit 0", None), hook("sleep 1000 & exit 0", None)]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("child");
+        let leaves = hook(&format!("sleep 1000 & echo $! >{}", file.display()), None);
+        run_all(&[hook("exit 0", None), leaves]).unwrap();
+        let child =
+            std::fs::read_to_string(file).unwrap().trim().parse().ok().and_then(Pid::from_raw).unwrap();
+        rustix::process::kill_process(child, Signal::KILL).unwrap();
     }
 
     #[test]
