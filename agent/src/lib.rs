@@ -4,6 +4,7 @@
 //!   the guest ([`boot`]), the log ([`kmsg`]), then the listeners ([`descriptor`]) and the service.
 //! * [`service`] - the RPCs of `agent.proto`: checks a request, calls one of the modules below, and gives errors their code.
 //! * [`slots`], [`mounts`], [`overlay`], [`path`] - devices that the VMM attaches, and the file systems on them.
+//! * [`volumes`] - volumes of the host of which the guest has a copy, because what watches them there could not hear of changes in a share.
 //! * [`network`] - links, addresses and routes of the guest; [`forward`] - connections of the engine to its loopback.
 //! * [`cpus`] - vCPUs brought online and taken offline.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
@@ -35,3 +36,4 @@ pub mod service;
 pub mod slots;
 pub mod stdio;
 pub mod streams;
+pub mod volumes;

@@ -16,9 +16,9 @@ use kvrun_agent_api::agent::{
     BindSlotRequest, BindSlotResponse, ConnectPortRequest, ContainerRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest,
     GetInfoRequest, GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse,
-    MountRequest, ProcessInfo, ProcessRequest, ReadLogResponse, ResizeTerminalRequest, SetCpusRequest,
-    SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
-    UpdateContainerRequest, WaitProcessResponse,
+    MountRequest, ProcessInfo, ProcessRequest, ReadLogResponse, RemoveVolumeRequest, ResizeTerminalRequest,
+    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
+    UpdateContainerRequest, UpdateVolumeRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -48,6 +48,7 @@ use crate::reaper::{End, Reaper};
 use crate::slots::{SlotError, Slots};
 use crate::stdio::EngineStreams;
 use crate::streams::{StreamBroker, StreamError};
+use crate::volumes::{VolumeError, Volumes};
 
 /// How long unmounting and syncing may hold `Shutdown` up.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(20);
@@ -63,6 +64,7 @@ struct Parts {
     containers: Containers,
     streams: StreamBroker,
     mounts: Mounts,
+    volumes: Volumes,
     slots: Slots,
     cpus: Cpus,
     power: Arc<Power>,
@@ -77,6 +79,7 @@ impl AgentService {
             containers: Containers::default(),
             streams: StreamBroker::default(),
             mounts: Mounts::default(),
+            volumes: Volumes::default(),
             slots: Slots::default(),
             cpus: Cpus::default(),
             power: Arc::default(),
@@ -288,6 +291,18 @@ impl Agent for AgentService {
         let paths: Result<Vec<_>, _> = request.paths.iter().map(|path| RunPath::parse(path)).collect();
         let paths = paths.map_err(MountError::from).map_err(Failure::from)?;
         blocking(move || Ok(paths.iter().try_for_each(forget)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update_volume(&self, _: &TtrpcContext, request: UpdateVolumeRequest) -> ttrpc::Result<Empty> {
+        let parts = self.0.clone();
+        blocking(move || Ok(parts.volumes.update(request.number, &request.entries)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_volume(&self, _: &TtrpcContext, request: RemoveVolumeRequest) -> ttrpc::Result<Empty> {
+        let parts = self.0.clone();
+        blocking(move || Ok(parts.volumes.remove(request.number)?)).await?;
         Ok(Empty::new())
     }
 
@@ -638,6 +653,16 @@ impl From<MountError> for Failure {
             | MountError::Changes(..)
             | MountError::Sync { .. }
             | MountError::Unmount { .. } => Code::INTERNAL,
+        };
+        Self::new(code, error_chain(&err))
+    }
+}
+
+impl From<VolumeError> for Failure {
+    fn from(err: VolumeError) -> Self {
+        let code = match &err {
+            VolumeError::Entry { .. } | VolumeError::Long => Code::INVALID_ARGUMENT,
+            VolumeError::Path(_) | VolumeError::Mount { .. } | VolumeError::Change { .. } => Code::INTERNAL,
         };
         Self::new(code, error_chain(&err))
     }

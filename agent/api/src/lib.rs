@@ -38,5 +38,15 @@ pub const GUEST_RUN_DIR: &str = "/run/kvrun";
 /// `GUEST_CONTAINERS_DIR/ID/ns/NAME` in `linux.namespaces[].path` names a namespace of another container of the guest; NAME as in
 /// `/proc/PID/ns`. There is no such directory.
 pub const GUEST_CONTAINERS_DIR: &str = "/run/kvrun/containers";
+/// Where volumes of `UpdateVolume` are, each in a directory whose name is its number.
+pub const GUEST_VOLUMES_DIR: &str = "/run/kvrun/volumes";
+/// What of that directory is the volume.
+pub const VOLUME_FILES: &str = "files";
+/// How many entries such a volume may have, itself included.
+pub const MAX_VOLUME_ENTRIES: usize = 256;
+/// How many bytes its files may have together.
+pub const MAX_VOLUME_BYTES: usize = 1 << 20;
+/// How many parts the path of an entry may have.
+pub const MAX_VOLUME_DEPTH: usize = 16;
 /// How long, in seconds, the agent waits for the streams a request names to be connected.
 pub const STREAM_TIMEOUT_SECS: u64 = 10;
