@@ -18,6 +18,7 @@ use kvrun_pod::record::Record;
 use kvrun_pod::share::{MountNamespace, Place, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
+use kvrun_pod::watched;
 
 use crate::error::{Error, host};
 use crate::serve::Log;
@@ -148,6 +149,11 @@ impl Machine {
             bundle::add_network_namespace(&mut spec);
         }
         Ok((spec, place))
+    }
+
+    /// Gives the guest copies of those volumes of a container of which it wants to hear when they change.
+    pub(crate) async fn copy_volumes(&self, place: &mut Place, spec: &mut Spec) {
+        watched::copy(&self.vm, &self.share, place, spec).await;
     }
 
     /// Takes a container's files away, which nothing in the guest uses any more.

@@ -151,6 +151,7 @@ impl Pod {
                 (spec, instead) = used.add_to_share(&bundle, &files, is_first)?;
                 used.forget(&std::mem::replace(&mut place, instead)).await;
             }
+            used.copy_volumes(&mut place, &mut spec).await;
             self.make(&used, &bundle, &spec, &task).await
         };
         match made.await {

@@ -19,6 +19,7 @@ use kvrun_pod::share::{MountNamespace, Share, Trees};
 use kvrun_pod::size::VmSize;
 use kvrun_pod::state_dir::ContainerDir;
 use kvrun_pod::stdio::{Streams, Wanted};
+use kvrun_pod::watched;
 
 use crate::cli::Global;
 use crate::error::{Error, host};
@@ -136,7 +137,7 @@ impl Prepared {
         self.record.vmm = starting.vmm().process().ok();
         self.record.write(self.dir.as_fd()).map_err(host("write the container's record"))?;
         // While the guest boots. Its place in the share is there for as long as the machine.
-        let (spec, _) = self.share.add(bundle, Trees::of(bundle, &files)?)?;
+        let (mut spec, mut place) = self.share.add(bundle, Trees::of(bundle, &files)?)?;
         // Or the engine could not unmount them.
         drop(files);
         let pod = starting.ready().await?;
@@ -144,6 +145,7 @@ impl Prepared {
         if let Some(network) = &mut *self.links.lock().await {
             network.update(&pod).await?;
         }
+        watched::copy(&pod, &self.share, &mut place, &mut spec).await;
         let (process, streams) =
             pod.create_process(&self.record.id, &self.record.bundle, &spec, wanted).await?;
         Ok((pod, process, streams))

@@ -284,6 +284,26 @@ impl Agent {
         self.bounded("forget files", FORGET_TIMEOUT, call).await.map(drop)
     }
 
+    /// Makes a volume of the guest's own as is said, or changes one.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn update_volume(&self, number: u64, entries: Vec<api::VolumeEntry>) -> Result<(), AgentError> {
+        let request = api::UpdateVolumeRequest { number, entries, ..Default::default() };
+        let call = self.client.update_volume(Context::default(), &request);
+        self.bounded("update a volume", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn remove_volume(&self, number: u64) -> Result<(), AgentError> {
+        let request = api::RemoveVolumeRequest { number, ..Default::default() };
+        let call = self.client.remove_volume(Context::default(), &request);
+        self.bounded("remove a volume", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
     /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the
     /// guest are told.
     ///

@@ -13,7 +13,8 @@
 //!    [`Pod::shutdown`](pod::Pod::shutdown) ends the machine.
 //!
 //! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
-//! containers ask. Root file systems that the guest mounts itself are on a disk ([`root_disk`]) or in [`layers`]. [`observe`] shows the pod's metrics and its guest's
+//! containers ask. Root file systems that the guest mounts itself are on a disk ([`root_disk`]) or in [`layers`]. Volumes of
+//! which programs want to hear when they change are copied to the guest ([`watched`]). [`observe`] shows the pod's metrics and its guest's
 //! log to whoever asks, and [`debug`] runs programs in the guest.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
@@ -53,3 +54,4 @@ pub mod stdio;
 mod sys;
 pub mod text;
 pub mod vmm;
+pub mod watched;

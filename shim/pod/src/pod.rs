@@ -31,6 +31,7 @@ use crate::size::VmSize;
 use crate::stdio::{Copying, Planned, Stdio, Streams, Wanted};
 use crate::sys;
 use crate::vmm::{Booting, GuestConnection, VmEnd, Vmm, VmmError};
+use crate::watched::{self, Watched};
 
 /// The guest's kernel command line; the VMM appends the declaration of its slots. In order:
 ///
@@ -242,6 +243,7 @@ impl Starting {
             slots: Arc::default(),
             disks: Arc::default(),
             layers: Arc::default(),
+            watched: Arc::default(),
             boot,
         };
         pod.or_death(pod.agent.bind_slot(SHARE_SLOT)).await?;
@@ -275,6 +277,7 @@ pub struct Pod {
     pub(crate) slots: Arc<Slots>,
     pub(crate) disks: Arc<Disks>,
     pub(crate) layers: Arc<Layers>,
+    pub(crate) watched: Arc<Watched>,
     pub(crate) boot: BootTimes,
 }
 
@@ -416,6 +419,7 @@ impl Pod {
         if let Some(layers) = &place.layers {
             layers::unmount(self, layers).await;
         }
+        watched::release(self, place).await;
         self.forget_files(&share.remove(place)).await;
     }
 

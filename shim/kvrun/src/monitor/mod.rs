@@ -40,6 +40,7 @@ use kvrun_pod::record::{Record, Status};
 use kvrun_pod::share::{Share, Trees};
 use kvrun_pod::state_dir::{SOCKET, StateError};
 use kvrun_pod::stdio::{Streams, Wanted};
+use kvrun_pod::watched;
 use tokio::sync::{Notify, Semaphore};
 
 pub(crate) use self::container::{Container, until_end};
@@ -296,12 +297,13 @@ impl Monitor {
         if let Some(earlier) = earlier {
             self.remove(&earlier).await;
         }
-        let (mut spec, place) = self.share.add(&bundle, trees)?;
+        let (mut spec, mut place) = self.share.add(&bundle, trees)?;
         if matches!(bundle.network(), HostNetwork::New) {
             bundle::add_network_namespace(&mut spec);
         }
         let created = async {
             run_creation_hooks(&bundle, &record, &self.home).await?;
+            watched::copy(&self.pod, &self.share, &mut place, &mut spec).await;
             Ok::<_, Error>(self.pod.create_process(&id, &record.bundle, &spec, wanted).await?)
         };
         let (process, streams) = match created.await {

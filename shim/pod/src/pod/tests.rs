@@ -50,9 +50,12 @@ pub(crate) struct Extent {
     pub(crate) devices: u32,
     /// File systems that are mounted beside the share.
     pub(crate) mounted: u32,
-    /// It plugs nothing, and mounts no overlay.
+    /// It plugs nothing, mounts no overlay, and takes no volume.
     pub(crate) is_stubborn: bool,
 }
+
+/// What the fake guest was told of volumes, in order: a number, and what is to be in it, or that it is to go.
+pub(crate) type Volumes = Arc<watch::Sender<Vec<(u64, Option<Vec<api::VolumeEntry>>)>>>;
 
 type Streams = Arc<Mutex<HashMap<u64, StdUnixStream>>>;
 
@@ -64,6 +67,7 @@ struct FakeAgent {
     panic: std::sync::mpsc::Sender<()>,
     left_open: Mutex<Vec<StdUnixStream>>,
     extent: Arc<Mutex<Extent>>,
+    volumes: Volumes,
 }
 
 fn exited(code: u32) -> Option<api::WaitProcessResponse> {
@@ -158,6 +162,27 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
 
     async fn unmount(&self, _: &TtrpcContext, _: api::UnmountRequest) -> ttrpc::Result<api::Empty> {
         self.extent.lock().unwrap().mounted -= 1;
+        Ok(api::Empty::new())
+    }
+
+    async fn update_volume(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateVolumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        if self.extent.lock().unwrap().is_stubborn {
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INTERNAL, "no")));
+        }
+        self.volumes.send_modify(|told| told.push((request.number, Some(request.entries))));
+        Ok(api::Empty::new())
+    }
+
+    async fn remove_volume(
+        &self,
+        _: &TtrpcContext,
+        request: api::RemoveVolumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.volumes.send_modify(|told| told.push((request.number, None)));
         Ok(api::Empty::new())
     }
 
@@ -265,6 +290,15 @@ pub(crate) fn guest_with(
     program: Program,
     extent: Arc<Mutex<Extent>>,
 ) -> impl FnOnce(FakeVmm) + Send + 'static {
+    guest_with_volumes(program, extent, Arc::default())
+}
+
+/// As [`guest_with`], which remembers what it is told of volumes.
+pub(crate) fn guest_with_volumes(
+    program: Program,
+    extent: Arc<Mutex<Extent>>,
+    volumes: Volumes,
+) -> impl FnOnce(FakeVmm) + Send + 'static {
     move |vmm| {
         let (connections, receiver) = mpsc::unbounded_channel();
         let (panic, panicked) = std::sync::mpsc::channel();
@@ -277,6 +311,7 @@ pub(crate) fn guest_with(
             panic,
             left_open: Mutex::default(),
             extent: Arc::clone(&extent),
+            volumes,
         };
         thread::spawn(move || serve(agent, receiver));
         let vmm = Arc::new(vmm);

@@ -45,6 +45,7 @@ use crate::bundle::{Bind, Bundle};
 use crate::layers::MountedLayers;
 use crate::root_disk::RootDisk;
 use crate::sys::{self, MountAttr};
+use crate::watched::Kept;
 
 use huge_pages::HugePages;
 pub use mount_points::MountPointError;
@@ -137,6 +138,10 @@ pub struct Place {
     pub(crate) root_disk: Option<RootDisk>,
     /// Likewise, in layers.
     pub(crate) layers: Option<MountedLayers>,
+    /// Volumes of it that are kept up to date on the host.
+    pub(crate) kept: Vec<Kept>,
+    /// The numbers of those that it has as copies ([`watched`](crate::watched)).
+    pub(crate) copies: Vec<u64>,
 }
 
 impl Place {
@@ -205,7 +210,14 @@ impl Share {
     /// [`ShareError`]; nothing is left of it then.
     pub fn add(&self, bundle: &Bundle, trees: Trees) -> Result<(Spec, Place), ShareError> {
         let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
-        let mut place = Place { name, volumes: Vec::new(), root_disk: None, layers: None };
+        let mut place = Place {
+            name,
+            volumes: Vec::new(),
+            root_disk: None,
+            layers: None,
+            kept: Vec::new(),
+            copies: Vec::new(),
+        };
         match self.fill(&mut place, bundle, trees) {
             Ok(spec) => Ok((spec, place)),
             Err(error) => {
@@ -251,6 +263,7 @@ impl Share {
             } else {
                 let volume = self.add_volume(bind, &tree).map_err(failed(bind.path()))?;
                 place.volumes.push(volume);
+                place.kept.extend(Kept::of(bind, volume));
                 Path::new(GUEST_SHARE_DIR).join(volume_name(volume))
             };
             mount.set_source(Some(source));
@@ -288,6 +301,14 @@ impl Share {
         let path = |number| volumes::escaped(&self.mounted.0.join(volume_name(number)).to_string_lossy());
         let new = path(number);
         Ok(alike.find(|old| volumes::serves(&table, &path(*old), &new)))
+    }
+
+    /// Opens a volume that is a directory.
+    pub(crate) fn open_volume(&self, number: u64) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let opened = rustix::fs::openat2(&self.root, volume_name(number), flags, Mode::empty(), resolve);
+        Ok(opened?)
     }
 
     /// Takes away what [`Share::add`] has added for a container, as far as no other one uses it; what that is to the guest. What the guest has still open
@@ -352,4 +373,4 @@ pub(crate) fn is_shareable(kind: FileType) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,7 +11,7 @@ use crate::bundle::{Files, HandedOver};
 use crate::network::NetworkNamespace;
 
 /// Runs a test on a thread that is in a mount namespace of its own; mounts there end with it.
-fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
+pub(crate) fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
     let thread = thread::spawn(move || {
         sys::unshare_mount_namespace().expect("tests of mounts run as root");
         mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
@@ -23,14 +23,14 @@ fn in_namespace(test: impl FnOnce(&MountNamespace) + Send + 'static) {
 }
 
 /// A bundle in a directory, and the share mounted in it.
-struct Fixture {
+pub(crate) struct Fixture {
     /// Unmounted before its directory is removed.
-    share: Share,
+    pub(crate) share: Share,
     dir: tempfile::TempDir,
 }
 
 impl Fixture {
-    fn new(namespace: &MountNamespace) -> Self {
+    pub(crate) fn new(namespace: &MountNamespace) -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["bundle/rootfs/etc", "share", "data/below"] {
             fs::create_dir_all(dir.path().join(name)).unwrap();
@@ -41,11 +41,15 @@ impl Fixture {
         Self { share, dir }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn add(&self, read_only: bool, mounts: &serde_json::Value) -> Result<(Spec, Place), ShareError> {
+    pub(crate) fn add(
+        &self,
+        read_only: bool,
+        mounts: &serde_json::Value,
+    ) -> Result<(Spec, Place), ShareError> {
         self.write_config(read_only, mounts);
         let (bundle, files) = self.bundle();
         self.share.add(&bundle, Trees::of(&bundle, &files)?)
@@ -126,7 +130,7 @@ fn read_only_root_is_read_only_and_has_its_mount_points() {
 }
 
 /// A tmpfs on `data/below`.
-fn mount_tmpfs(path: &Path) {
+pub(crate) fn mount_tmpfs(path: &Path) {
     let none: Option<&std::ffi::CStr> = None;
     rustix::mount::mount("tmpfs", path, "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
 }
