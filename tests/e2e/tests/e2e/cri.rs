@@ -23,6 +23,7 @@ use serde_json::json;
 
 use crate::engines::is_served;
 use crate::pod_faults::nothing_is_left;
+use crate::vm::fs::program;
 
 pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
@@ -31,6 +32,7 @@ pub(crate) const CASES: &[Case] = cases![
     pods_reach_each_other_by_every_way,
     pod_is_on_links_of_every_kind_of_cni,
     volumes_are_seen_as_they_change,
+    changes_of_volumes_that_a_kubelet_keeps_are_heard,
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     classes_of_service_are_as_the_kubelet_says,
@@ -463,15 +465,19 @@ impl Names {
     }
 }
 
-/// As a kubelet writes a configMap, a secret or a projected volume: a directory swapped as a whole.
+/// As a kubelet writes a configMap, a secret or a projected volume: a directory swapped as a whole, and the one before removed.
 fn publish(volume: &Path, version: &str) -> Result<()> {
     let data = volume.join(format!("..{version}"));
+    let before = fs::read_link(volume.join("..data"));
     fs::create_dir(&data)?;
     fs::write(data.join("key"), format!("{version}\n"))?;
     symlink(format!("..{version}"), volume.join("..data_tmp"))?;
     fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
     if !volume.join("key").exists() {
         symlink("..data/key", volume.join("key"))?;
+    }
+    if let Ok(before) = before {
+        fs::remove_dir_all(volume.join(before))?;
     }
     Ok(())
 }
@@ -535,6 +541,86 @@ fn volumes_are_seen_as_they_change(t: &Test) -> Result<()> {
     ensure!(pod.sh(&second, "cat /shared/file && logger from second")? == "later\n");
     pod.remove()?;
     unmount(path("memory"), UnmountFlags::empty())?;
+    cri.end()
+}
+
+/// How many directories and files the shims watch on the host.
+fn watches_of_shims() -> Result<usize> {
+    let mut watches = 0;
+    for process in fs::read_dir("/proc")? {
+        let process = process?.path();
+        if !fs::read_to_string(process.join("comm")).is_ok_and(|name| name.trim_end() == SHIM) {
+            continue;
+        }
+        for descriptor in fs::read_dir(process.join("fdinfo")).into_iter().flatten() {
+            let info = fs::read_to_string(descriptor?.path()).unwrap_or_default();
+            watches += info.lines().filter(|line| line.starts_with("inotify ")).count();
+        }
+    }
+    Ok(watches)
+}
+
+fn changes_of_volumes_that_a_kubelet_keeps_are_heard(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = cri.run_pod(cri.pod_config("volumes"))?;
+    let volumes = t.scratch().join("volumes");
+    let (config, large) =
+        (volumes.join("kubernetes.io~configmap/config"), volumes.join("kubernetes.io~projected/large"));
+    for volume in [&config, &large] {
+        fs::create_dir_all(volume)?;
+        publish(volume, "one")?;
+    }
+    File::create(large.join("rest"))?.set_len(1 << 20)?;
+    let programs = t.scratch().join("programs");
+    fs::create_dir(&programs)?;
+    fs::copy(program()?, programs.join("fs-semantics"))?;
+    let watcher = |name: &str| {
+        let mut watcher = script(name, &format!("/programs/fs-semantics hear /config & {SLEEP}"));
+        watcher.mounts = vec![
+            mount(&programs, "/programs", true),
+            mount(&config, "/config", true),
+            mount(&large, "/large", true),
+        ];
+        watcher
+    };
+    let (first, second) = (pod.start(watcher("first"))?, pod.start(watcher("second"))?);
+    for name in ["first", "second"] {
+        until_logged(&pod, name, "listening")?;
+    }
+    let look = "stat -c '%d %i' /config; stat -f -c %T /config; cat /config/key /large/key";
+    let seen = pod.sh(&first, look)?;
+    ensure!(seen.ends_with("tmpfs\none\none\n"), "{seen}");
+    ensure!(pod.sh(&second, look)? == seen, "both have one copy");
+    ensure!(watches_of_shims()? == 1);
+    let log = cri.containerd().log();
+    ensure!(log.contains("not heard by inotify") && log.contains("kubernetes.io~projected/large"), "{log}");
+
+    publish(&config, "two")?;
+    for (name, id) in [("first", &first), ("second", &second)] {
+        until_logged(&pod, name, "moved ..data")?;
+        ensure!(pod.sh(id, "cat /config/key")? == "two\n");
+        until_logged(&pod, name, "removed ..one")?;
+        let heard = pod.log(name)?;
+        let heard: Vec<_> = heard.lines().filter(|line| !["up", "listening"].contains(line)).collect();
+        ensure!(heard == ["made ..two", "moved ..data", "removed ..one"], "{heard:?}");
+    }
+    publish(&large, "two")?;
+    time::until("the new version is seen", || Ok(pod.sh(&first, "cat /large/key")? == "two\n"))?;
+    let finished = pod.exec(&first, "echo x > /config/key")?;
+    ensure!(finished.code != 0 && finished.stderr.contains("Read-only file system"), "{finished:?}");
+
+    pod.remove_container(&first)?;
+    publish(&config, "three")?;
+    until_logged(&pod, "second", "removed ..two")?;
+    ensure!(pod.sh(&second, "cat /config/key")? == "three\n");
+    pod.remove_container(&second)?;
+    ensure!(watches_of_shims()? == 0, "it watches what nobody has any more");
+    // A kubelet removes volumes before the pod.
+    fs::remove_dir_all(&volumes)?;
+    let again = pod.start(script("again", SLEEP))?;
+    ensure!(pod.sh(&again, "echo fine")? == "fine\n");
+    pod.remove()?;
+    nothing_is_left(&cri)?;
     cri.end()
 }
 

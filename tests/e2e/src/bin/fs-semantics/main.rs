@@ -3,6 +3,7 @@
 //! ```text
 //! fs-semantics GROUP DIRECTORY [NAME...]     cases whose names contain NAME; without, all of the group
 //! fs-semantics map-and-hold FILE             changes a file by a mapping; see [`mapping::map_and_hold`]
+//! fs-semantics hear DIRECTORY                says what it hears of a directory; see [`hear::hear`]
 //! ```
 //!
 //! Prints `ok NAME` or `FAILED NAME: REASON` for each case, and ends with 1 if any failed. The end-to-end tests run it in a guest
@@ -17,6 +18,7 @@ mod access;
 mod acl;
 mod content;
 mod directories;
+mod hear;
 mod large;
 mod links;
 mod locks;
@@ -77,6 +79,7 @@ fn run() -> Result<bool> {
     let usage = "fs-semantics main|small|make-large|large|tmpfile DIRECTORY [NAME...]";
     let (group, parent) = (arguments.next().context(usage)?, arguments.next().context(usage)?);
     let groups = match group.as_str() {
+        "hear" => return hear::hear(Path::new(&parent)),
         "map-and-hold" => return mapping::map_and_hold(Path::new(&parent)).map(|()| true),
         "main" => MAIN,
         "small" => &[small::CASES],

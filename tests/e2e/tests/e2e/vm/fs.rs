@@ -34,6 +34,8 @@ pub(crate) const CASES: &[Case] = cases![
     what_is_done_is_counted,
 ];
 
+/// The program that knows what a file system does.
+const PROGRAM: &str = "fs-semantics";
 /// Where the agent mounts: each share by its tag.
 const MOUNTS: &str = "/run/kvrun";
 /// The usual caching.
@@ -81,17 +83,20 @@ impl Guest {
     }
 }
 
-/// Installs the program that knows what a file system does, which guests find by its name from then on: from where it has been copied
-/// with this one, or where it has been built.
+/// Installs that program, which guests find by its name from then on.
 pub(super) fn install_program(vm: &Machine) -> Result<PathBuf> {
-    const NAME: &str = "fs-semantics";
-    let copied = std::env::current_exe()?.with_file_name(NAME);
-    let built = Path::new(env!("CARGO_BIN_EXE_fs-semantics"));
-    let installed = vm.rootfs().join("bin").join(NAME);
+    let installed = vm.rootfs().join("bin").join(PROGRAM);
     if !installed.exists() {
-        vm.install(if copied.exists() { &copied } else { built })?;
+        vm.install(program()?)?;
     }
     Ok(installed)
+}
+
+/// Where it is on the host: where it has been copied with this one, or where it has been built.
+pub(crate) fn program() -> Result<PathBuf> {
+    let copied = std::env::current_exe()?.with_file_name(PROGRAM);
+    let built = Path::new(env!("CARGO_BIN_EXE_fs-semantics"));
+    Ok(if copied.exists() { copied } else { built.to_owned() })
 }
 
 /// Puts a directory of the machine's share, made here, into a slot, and has the guest mount it below [`MOUNTS`], for

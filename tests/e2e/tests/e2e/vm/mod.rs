@@ -8,7 +8,7 @@ use kvrun_e2e::{Case, Test, cases};
 
 mod blk;
 mod clock;
-mod fs;
+pub(crate) mod fs;
 mod host;
 mod jail;
 mod memory;
