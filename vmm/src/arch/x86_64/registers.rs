@@ -130,9 +130,13 @@ pub(super) fn msrs() -> Msrs {
     Msrs::from_entries(&entries).expect("11 is not more than KVM_MAX_MSR_ENTRIES")
 }
 
-/// Wires the two local interrupt pins as on a PC: LINT0 to the legacy interrupt controller, LINT1 to NMI.
-pub(super) fn wire_lapic(lapic: &mut kvm_lapic_state) {
-    for (offset, mode) in [(APIC_LVT_LINT0, APIC_MODE_EXTINT), (APIC_LVT_LINT1, APIC_MODE_NMI)] {
+/// Wires the two local interrupt pins as on a PC: LINT0 of the first processor to the legacy interrupt controller, LINT1 to NMI.
+///
+/// The others keep LINT0 masked, as after a reset. KVM gives each interrupt of a line below 16 to the legacy controller, too, and wakes the first vCPU
+/// whose LINT0 is open: that would be one that is not even online, once the guest has closed the first one's.
+pub(super) fn wire_lapic(lapic: &mut kvm_lapic_state, is_first: bool) {
+    let first = is_first.then_some((APIC_LVT_LINT0, APIC_MODE_EXTINT));
+    for (offset, mode) in first.into_iter().chain([(APIC_LVT_LINT1, APIC_MODE_NMI)]) {
         let register = &mut lapic.regs[offset..offset + 4];
         let value = register.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte as u8));
         let value = (value & !(APIC_MODE_MASK | APIC_LVT_MASKED) | mode).to_le_bytes();
@@ -157,12 +161,14 @@ mod tests {
 
     #[test]
     fn lapic_pins_are_wired_and_unmasked() {
-        let mut lapic = kvm_lapic_state::default();
-        // As after reset: masked.
-        lapic.regs[APIC_LVT_LINT0 + 2] = 1;
-        lapic.regs[APIC_LVT_LINT1 + 2] = 1;
-        wire_lapic(&mut lapic);
-        assert_eq!(lapic.regs[APIC_LVT_LINT0..APIC_LVT_LINT0 + 4], [0, 7, 0, 0]);
-        assert_eq!(lapic.regs[APIC_LVT_LINT1..APIC_LVT_LINT1 + 4], [0, 4, 0, 0]);
+        for (is_first, lint0) in [(true, [0, 7, 0, 0]), (false, [0, 0, 1, 0])] {
+            let mut lapic = kvm_lapic_state::default();
+            // As after reset: masked.
+            lapic.regs[APIC_LVT_LINT0 + 2] = 1;
+            lapic.regs[APIC_LVT_LINT1 + 2] = 1;
+            wire_lapic(&mut lapic, is_first);
+            assert_eq!(lapic.regs[APIC_LVT_LINT0..APIC_LVT_LINT0 + 4], lint0);
+            assert_eq!(lapic.regs[APIC_LVT_LINT1..APIC_LVT_LINT1 + 4], [0, 4, 0, 0]);
+        }
     }
 }

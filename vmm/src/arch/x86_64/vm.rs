@@ -130,7 +130,7 @@ fn create_vcpu(
     vcpu.set_cpuid2(&cpuid).map_err(error("set the CPUID"))?;
     set_msrs(&vcpu, index, msrs)?;
     let mut lapic = vcpu.get_lapic().map_err(error("read the local APIC"))?;
-    registers::wire_lapic(&mut lapic);
+    registers::wire_lapic(&mut lapic, index == 0);
     vcpu.set_lapic(&lapic).map_err(error("set the local APIC"))?;
     Ok((vcpu, cpuid))
 }
