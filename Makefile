@@ -3,7 +3,7 @@
 #   make demo             run a container in a micro-VM and look at it
 #   make test             everything CI runs
 #   make bench            measure; table on the terminal, numbers in target/bench/latest.json
-#   make soak PODS=200    that many pods one after another, and 30 at once: nothing may be left of them
+#   make soak PODS=200    that many pods one after another, and 30 at once: nothing may be left of them; then 1 GiB over TCP and of output
 #   make fuzz             a minute of fuzzing for each thing that reads a stranger's bytes
 #   make build            all of kvrun, in target/stage
 #   make image            the container image that puts it on the nodes of a cluster (docs/kubernetes.md)
@@ -50,6 +50,8 @@ PODS ?= 200
 # A test may take 30 s times the factor.
 soak: build
 	KVRUN_E2E_PODS=$(PODS) KVRUN_TIMEOUT_FACTOR=$$(($(PODS) + 20)) tests/e2e/run soak
+	KVRUN_E2E_TCP_MIB=1024 KVRUN_TIMEOUT_FACTOR=60 tests/e2e/run pod_is_on_links
+	KVRUN_E2E_OUTPUT_MIB=1024 KVRUN_TIMEOUT_FACTOR=60 tests/e2e/run output_arrives
 
 fuzz: setup
 	tests/fuzz/run

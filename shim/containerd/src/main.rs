@@ -29,12 +29,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use containerd_shim::Flags;
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::protobuf::{Message, MessageField};
 use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use kvrun_pod::state_dir::CONTAINERD_ROOT;
 
 use crate::error::{Error, host};
 
+/// What containerd's `typeurl` calls the features of a runtime, which it writes as JSON (containerd's `client/client.go`).
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 /// The name containerd knows us by.
 const RUNTIME: &str = "io.containerd.kvrun.v2";
 
@@ -82,7 +85,17 @@ fn write(bytes: &[u8]) -> Result<(), Error> {
 /// What `-info` prints.
 fn info() -> RuntimeInfo {
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_owned(), ..Default::default() };
-    RuntimeInfo { name: RUNTIME.to_owned(), version: MessageField::some(version), ..Default::default() }
+    let features = Any {
+        type_url: FEATURES.to_owned(),
+        value: kvrun_pod::features::features().to_string().into_bytes(),
+        ..Default::default()
+    };
+    RuntimeInfo {
+        name: RUNTIME.to_owned(),
+        version: MessageField::some(version),
+        features: MessageField::some(features),
+        ..Default::default()
+    }
 }
 
 /// Where the pods of a namespace of containerd have their state.

@@ -36,7 +36,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
-use commands::{config, delete, events, features, kill, list, observe, ps, spec, start, state, update};
+use commands::{config, delete, events, kill, list, observe, ps, spec, start, state, update};
 use error::{Error, FAILED};
 
 fn main() -> ExitCode {
@@ -89,7 +89,7 @@ fn simple(global: &cli::Global, command: &Command, log: &log::Log) -> Result<(),
         Command::Metrics(args) => observe::metrics(global, args.id.as_deref()),
         Command::Logs(args) => observe::guest_log(global, &args.id),
         Command::Spec(args) => spec::spec(args),
-        Command::Features => features::features(),
+        Command::Features => commands::print_json(&kvrun_pod::features::features()),
         Command::Run(_) | Command::Create(_) | Command::Exec(_) | Command::Debug(_) => Ok(()),
         Command::Check | Command::Env | Command::Config(_) => Ok(()),
     }

@@ -1,10 +1,9 @@
-//! `kvrun features`: what of the runtime-spec is implemented (features.md, features-linux.md).
+//! What of the runtime-spec is implemented (features.md, features-linux.md): `kvrun features`, and what the shim tells containerd.
 
-use kvrun_pod::bundle::CAPABILITIES;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::print_json;
-use crate::error::Error;
+use crate::bundle::CAPABILITIES;
+use crate::record::OCI_VERSION;
 
 /// Those of which the agent (`agent/src/oci/mount_options.rs`) and the pod engine know what they mean. Whatever else an option says is left to the file system.
 const MOUNT_OPTIONS: [&str; 57] = [
@@ -67,11 +66,11 @@ const MOUNT_OPTIONS: [&str; 57] = [
     "unbindable",
 ];
 
-/// Prints the document.
-pub(crate) fn features() -> Result<(), Error> {
-    print_json(&json!({
+/// The document.
+pub fn features() -> Value {
+    json!({
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": kvrun_pod::record::OCI_VERSION,
+        "ociVersionMax": OCI_VERSION,
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "mountOptions": MOUNT_OPTIONS.as_slice(),
         "linux": {
@@ -100,5 +99,5 @@ pub(crate) fn features() -> Result<(), Error> {
             "org.kvrun.version": env!("CARGO_PKG_VERSION"),
         },
         "potentiallyUnsafeConfigAnnotations": [],
-    }))
+    })
 }

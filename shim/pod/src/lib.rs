@@ -35,6 +35,7 @@ pub mod container;
 pub mod container_id;
 pub mod debug;
 pub mod disks;
+pub mod features;
 pub mod growth;
 pub mod hooks;
 pub mod host_process;

@@ -3,7 +3,6 @@
 pub(crate) mod config;
 pub(crate) mod delete;
 pub(crate) mod events;
-pub(crate) mod features;
 pub(crate) mod kill;
 pub(crate) mod list;
 pub(crate) mod observe;
@@ -20,7 +19,7 @@ use serde::Serialize;
 use crate::error::{Error, host};
 
 /// Prints a value as JSON, for people too.
-fn print_json(value: &impl Serialize) -> Result<(), Error> {
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).map_err(host("write JSON"))?;
     print(&text)
 }

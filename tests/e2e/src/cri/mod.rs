@@ -325,11 +325,18 @@ impl Pod<'_> {
     /// What containerd says.
     pub fn start(&self, config: api::ContainerConfig) -> Result<String> {
         let id = self.create(config)?;
-        let request = api::StartContainerRequest { container_id: id.clone() };
-        self.cri
-            .call(async |mut client| client.start_container(request).await)
-            .context("start a container")?;
+        self.start_created(&id)?;
         Ok(id)
+    }
+
+    /// Starts a container that was created.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn start_created(&self, container: &str) -> Result<()> {
+        let request = api::StartContainerRequest { container_id: container.to_owned() };
+        let started = self.cri.call(async |mut client| client.start_container(request).await);
+        started.context("start a container").map(drop)
     }
 
     /// Creates a container in it; its ID.

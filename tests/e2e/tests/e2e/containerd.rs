@@ -12,11 +12,13 @@ use kvrun_pod::pod::{SHARE_SLOT, SLOTS};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
+use crate::cri::setting;
 use crate::network::{look, namespace};
 use crate::stdio::{Noise, SEED};
 
 pub(crate) const CASES: &[Case] = cases![
     run_passes_streams_and_exit_codes,
+    runtime_tells_what_it_is,
     default_profile_of_apparmor_is_left_out,
     output_arrives_complete_and_in_order,
     output_goes_to_files_and_logging_programs,
@@ -74,6 +76,20 @@ fn run_passes_streams_and_exit_codes(t: &Test) -> Result<()> {
     containerd.end()
 }
 
+fn runtime_tells_what_it_is(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let text = containerd.ctr(&["plugins", "inspect-runtime", "--runtime", RUNTIME])?.exited(0).text();
+    let info: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    ensure!(info["Name"] == RUNTIME, "{text}");
+    let features: Value = serde_json::from_str(&t.invoke(&["features"])?.exited(0).text())?;
+    for field in ["/ociVersionMax", "/hooks", "/mountOptions", "/linux/namespaces", "/linux/seccomp/actions"]
+    {
+        let told = info["Features"].pointer(field);
+        ensure!(told.is_some() && told == features.pointer(field), "{field}: {text}");
+    }
+    containerd.end()
+}
+
 /// containerd's CRI asks for it for every container of a host with AppArmor that is not privileged.
 fn default_profile_of_apparmor_is_left_out(t: &Test) -> Result<()> {
     let containerd = Containerd::new(t)?;
@@ -84,10 +100,12 @@ fn default_profile_of_apparmor_is_left_out(t: &Test) -> Result<()> {
     containerd.end()
 }
 
+/// The environment variable with how many MiB a container writes, if not 1024.
+const OUTPUT_VARIABLE: &str = "KVRUN_E2E_OUTPUT_MIB";
+
 fn output_arrives_complete_and_in_order(t: &Test) -> Result<()> {
-    /// How many times so much.
-    const BLOCKS: usize = 16;
     const BLOCK: usize = 4 << 20;
+    let blocks = (setting(OUTPUT_VARIABLE, 1024)? << 20).div_ceil(BLOCK);
     let containerd = Containerd::new(t)?;
     let volume = t.scratch().join("volume");
     fs::create_dir(&volume)?;
@@ -96,18 +114,18 @@ fn output_arrives_complete_and_in_order(t: &Test) -> Result<()> {
     fs::write(volume.join("block"), &block)?;
     let bind = format!("type=bind,src={},dst=/volume,options=rbind:ro", volume.display());
     let script = format!(
-        "cp /volume/block /dev/shm; i=0; while [ $i -lt {BLOCKS} ]; do echo $i; cat /dev/shm/block; i=$((i+1)); done; exit 6"
+        "cp /volume/block /dev/shm; i=0; while [ $i -lt {blocks} ]; do echo $i; cat /dev/shm/block; i=$((i+1)); done; exit 6"
     );
     let args = run(&["--rm", "--mount", &bind], t.id(), &["sh", "-c", &script]);
     let mut ctr = containerd.command(&args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let mut stdout = BufReader::new(ctr.stdout.take().context("no stdout")?);
     let (mut line, mut got) = (String::new(), vec![0; BLOCK]);
-    for number in 0..BLOCKS {
+    for number in 0..blocks {
         line.clear();
         stdout.read_line(&mut line)?;
         ensure!(line == format!("{number}\n"), "block {number} begins with {line:?}");
         stdout.read_exact(&mut got)?;
-        ensure!(got == block, "block {number} of {BLOCKS} has changed");
+        ensure!(got == block, "block {number} of {blocks} has changed");
     }
     ensure!(stdout.read(&mut got)? == 0, "more than was written");
     let status = process::wait_within(&mut ctr, time::scaled(time::RUN))?;

@@ -338,7 +338,7 @@ fn pods_reach_each_other_by_every_way(t: &Test) -> Result<()> {
     cri.end()
 }
 
-/// The environment variable with how many MiB go to a pod and come back.
+/// The environment variable with how many MiB go to a pod and come back, if not 1024.
 const TCP_VARIABLE: &str = "KVRUN_E2E_TCP_MIB";
 
 fn pod_is_on_links_of_every_kind_of_cni(t: &Test) -> Result<()> {
@@ -407,7 +407,7 @@ fn bytes_come_back(pod: &Pod<'_>, id: &str) -> Result<()> {
     // Of a length that divides no packet or buffer, so that what is out of order is told.
     let pattern: Vec<u8> =
         (0..65_521_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let rounds = (setting(TCP_VARIABLE, 32)? << 20).div_ceil(pattern.len());
+    let rounds = (setting(TCP_VARIABLE, 1024)? << 20).div_ceil(pattern.len());
     let mut input = stream.try_clone()?;
     thread::scope(|scope| -> Result<()> {
         let writer = scope.spawn(|| -> Result<()> {

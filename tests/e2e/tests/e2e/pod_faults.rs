@@ -40,19 +40,23 @@ const GRACE: Duration = Duration::from_secs(1000);
 enum Step {
     SandboxStarts,
     SandboxRuns,
+    ContainerIsCreated,
     ContainerStarts,
     ContainerRuns,
     ExecRuns,
     ContainerStops,
+    ContainerHasEnded,
 }
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 8] = [
     Step::SandboxStarts,
     Step::SandboxRuns,
+    Step::ContainerIsCreated,
     Step::ContainerStarts,
     Step::ContainerRuns,
     Step::ExecRuns,
     Step::ContainerStops,
+    Step::ContainerHasEnded,
 ];
 
 /// Who is killed.
@@ -173,6 +177,19 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
     match step {
         Step::SandboxStarts => {}
         Step::SandboxRuns => kill()?,
+        Step::ContainerIsCreated => {
+            let id = pod.create(config)?;
+            kill()?;
+            let started = pod.start_created(&id);
+            ensure!(started.is_ok() == (victim == Victim::Containerd), "{started:?}");
+        }
+        Step::ContainerHasEnded => {
+            let id = pod.start(script("ends", "exit 3"))?;
+            ensure!(pod.wait(&id)?.exit_code == 3);
+            kill()?;
+            let ended = pod.status(&id)?;
+            ensure!(ended.exit_code == 3 && ended.reason == "Error", "{ended:?}");
+        }
         Step::ContainerStarts => {
             // It cannot get any further.
             signal(&t.vmms()?, Signal::STOP)?;
