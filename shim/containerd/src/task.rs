@@ -3,7 +3,7 @@
 //! It goes from created over running to stopped, which is for good, and its end is told once, after its start has been.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use kvrun_pod::container::{Exit, ExitState};
 use kvrun_pod::network::{self, NetworkNamespace};
 use kvrun_pod::process::Process;
 use kvrun_pod::stdio::{Copying, Streams};
+use kvrun_pod::vmm::VmEnd;
 use rustix::thread::gettid;
 use tokio::sync::watch;
 
@@ -151,6 +152,13 @@ impl Task {
     fn has_ended(&self, exit: &Exit, events: &Events) {
         if let ExitState::VmDied(death) = &exit.state {
             tracing::error!(container = self.container, exec = self.exec_id, %death, "the virtual machine died");
+            // All processes end with it, and it is the only one of ours.
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| {
+                for (from, lines) in death.vm_end().map(VmEnd::last_words).unwrap_or_default() {
+                    lines.iter().for_each(|line| tracing::error!(from, "{line}"));
+                }
+            });
         }
         let ended = Ended { status: exit.state.code().into(), at: now() };
         tracing::info!(container = self.container, exec = self.exec_id, status = ended.status, "ended");

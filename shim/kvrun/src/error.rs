@@ -146,22 +146,12 @@ pub(crate) struct LastWords {
 
 /// The longest message that is passed on, in bytes.
 const MAX_MESSAGE: usize = 8 * 1024;
-/// How many lines of last words are passed on, and how many characters of each: a message has 64 KiB.
-const MAX_LINES: (usize, usize) = (60, 200);
 
 impl LastWords {
     /// Those of a machine.
     pub(crate) fn of(end: Option<&VmEnd>) -> Vec<Self> {
-        let Some(end) = end else { return Vec::new() };
-        let (most, longest) = MAX_LINES;
-        [("guest console", &end.console_tail), ("VMM", &end.stderr_tail)]
-            .into_iter()
-            .map(|(title, tail)| {
-                let all: Vec<String> = text::lines(tail).map(|line| text::one_line(&line, longest)).collect();
-                Self { title: title.to_owned(), lines: all[all.len().saturating_sub(most)..].to_vec() }
-            })
-            .filter(|words| !words.lines.is_empty())
-            .collect()
+        let words = end.map(VmEnd::last_words).unwrap_or_default();
+        words.into_iter().map(|(title, lines)| Self { title: title.to_owned(), lines }).collect()
     }
 }
 

@@ -61,6 +61,24 @@ pub struct VmEnd {
     pub stderr_tail: String,
 }
 
+/// How many lines of last words are passed on, and how many characters of each: a message of `kvrun` to itself has 64 KiB.
+const LAST_LINES: (usize, usize) = (60, 200);
+
+impl VmEnd {
+    /// The last that was said, and by whom: lines without control characters, as many as a person may want to read.
+    pub fn last_words(&self) -> Vec<(&'static str, Vec<String>)> {
+        let (most, longest) = LAST_LINES;
+        [("guest console", &self.console_tail), ("VMM", &self.stderr_tail)]
+            .into_iter()
+            .map(|(title, tail)| {
+                let all: Vec<String> = text::lines(tail).map(|line| text::one_line(&line, longest)).collect();
+                (title, all[all.len().saturating_sub(most)..].to_vec())
+            })
+            .filter(|(_, lines)| !lines.is_empty())
+            .collect()
+    }
+}
+
 impl fmt::Display for VmEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.death.fmt(f)

@@ -329,6 +329,9 @@ fn agent_dies_or_its_guest_hangs(t: &Test) -> Result<()> {
     let ended = has_ended(&pod, &id)?;
     ensure!(ended.exit_code == 137, "{ended:?}");
     is_not_ready(&pod)?;
+    // Once, though both of its containers have ended by it.
+    let log = cri.containerd().log();
+    ensure!(log.matches("Kernel panic - not syncing").count() == 1, "{log}");
     pod.remove()?;
     nothing_stays(&cri).context("the agent died")?;
 
