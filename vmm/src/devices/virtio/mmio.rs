@@ -134,7 +134,8 @@ impl MmioSlot {
         if slot.is_some() {
             return Err(SlotError::Taken);
         }
-        let transport = Transport::new(device, self.mem.clone(), self.irq.clone(), self.registers.clone())?;
+        let mut transport =
+            Transport::new(device, self.mem.clone(), self.irq.clone(), self.registers.clone())?;
         let signals = transport.signals()?;
         transport.show();
         *slot = Some(transport);
@@ -261,7 +262,7 @@ impl QueueRegisters {
 
 impl Transport {
     fn new(
-        mut device: Box<dyn VirtioDevice>,
+        device: Box<dyn VirtioDevice>,
         mem: GuestRam,
         irq: Arc<EventFd>,
         registers: RegisterPage,
@@ -283,7 +284,6 @@ impl Transport {
             raised_elsewhere: AtomicBool::new(false),
             complained: AtomicBool::new(false),
         });
-        device.place_config(registers.config_space());
         Ok(Self {
             device,
             mem,
@@ -314,7 +314,8 @@ impl Transport {
     }
 
     /// Shows the guest that there is a device. The ID comes last: whoever reads it finds the rest.
-    fn show(&self) {
+    fn show(&mut self) {
+        self.device.place_config(self.registers.config_space());
         // s4.2.2: no shared memory region reads as one of length 2^64 - 1.
         for register in (reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH).step_by(4) {
             self.registers.set(register, u32::MAX);
