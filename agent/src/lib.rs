@@ -7,6 +7,7 @@
 //! * [`volumes`] - volumes of the host of which the guest has a copy, because what watches them there could not hear of changes in a share.
 //! * [`network`] - links, addresses and routes of the guest; [`forward`] - connections of the engine to its loopback.
 //! * [`cpus`] - vCPUs brought online and taken offline.
+//! * [`sandbox`] - the guest as a pod's own container.
 //! * [`container`] - one container: its states, its process, its [`cgroup`].
 //! * [`oci`] - the helper process that creates a container, and the agent's end of it.
 //! * [`streams`], [`stdio`] - vsock streams by token, and the pumps between them and a process.
@@ -32,6 +33,7 @@ pub mod overlay;
 pub mod path;
 pub mod power;
 pub mod reaper;
+pub mod sandbox;
 pub mod service;
 pub mod slots;
 pub mod stdio;

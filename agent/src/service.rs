@@ -17,8 +17,8 @@ use kvrun_agent_api::agent::{
     CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ForgetRequest,
     GetInfoRequest, GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse,
     MountRequest, ProcessInfo, ProcessRequest, ReadLogResponse, RemoveVolumeRequest, ResizeTerminalRequest,
-    SetCpusRequest, SetUpNetworkRequest, SignalProcessRequest, Stdio, UnbindSlotRequest, UnmountRequest,
-    UpdateContainerRequest, UpdateVolumeRequest, WaitProcessResponse,
+    SetCpusRequest, SetUpNetworkRequest, SetUpSandboxRequest, SignalProcessRequest, Stdio, UnbindSlotRequest,
+    UnmountRequest, UpdateContainerRequest, UpdateVolumeRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -45,6 +45,7 @@ use crate::oci::error_chain;
 use crate::path::RunPath;
 use crate::power::{Connection, Power};
 use crate::reaper::{End, Reaper};
+use crate::sandbox::Sandbox;
 use crate::slots::{SlotError, Slots};
 use crate::stdio::EngineStreams;
 use crate::streams::{StreamBroker, StreamError};
@@ -67,6 +68,7 @@ struct Parts {
     volumes: Volumes,
     slots: Slots,
     cpus: Cpus,
+    sandbox: Sandbox,
     power: Arc<Power>,
 }
 
@@ -82,6 +84,7 @@ impl AgentService {
             volumes: Volumes::default(),
             slots: Slots::default(),
             cpus: Cpus::default(),
+            sandbox: Sandbox::default(),
             power: Arc::default(),
         }))
     }
@@ -117,11 +120,12 @@ impl AgentService {
         let parts = &self.0;
         let id = container_id(&request.container_id)?;
         let mut spec = ContainerSpec::parse(&request.spec_json, &id, request.bundle.into())?;
-        find_namespaces(&mut spec.spec, |id| {
+        let running = |id: &str| {
             let container = parts.containers.get(&ContainerId::parse(id).ok()?).ok()?;
             let process = container.process().ok()?;
             (!process.has_ended()).then_some(process.pid)
-        })?;
+        };
+        find_namespaces(&mut spec.spec, |id, kind| running(id).or_else(|| parts.sandbox.process(id, kind)))?;
         let stdio = request.stdio.unwrap_or_default();
         check_tokens(&stdio, spec.terminal)?;
         let container = parts.containers.reserve(&id, &spec.cgroup)?;
@@ -316,6 +320,13 @@ impl Agent for AgentService {
     async fn connect_port(&self, _: &TtrpcContext, request: ConnectPortRequest) -> ttrpc::Result<Empty> {
         let service = self.clone();
         detached(async move { service.connect_to_port(&request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_up_sandbox(&self, _: &TtrpcContext, request: SetUpSandboxRequest) -> ttrpc::Result<Empty> {
+        let SetUpSandboxRequest { container_id: id, hostname, domainname, sysctl, .. } = request;
+        let set_up = self.0.sandbox.stand_for(container_id(&id)?, &hostname, &domainname, sysctl);
+        set_up.map_err(|err| Failure::internal(error_chain(&err)))?;
         Ok(Empty::new())
     }
 

@@ -90,14 +90,15 @@ impl ContainerSpec {
     }
 }
 
-/// Gives the namespaces of other containers the paths they have for the agent. `first_process` tells the first process of a container that runs.
+/// Gives the namespaces of other containers the paths they have for the agent. `process` tells a process that is in the namespaces of a kind, as in
+/// `/proc/PID/ns`, of a container that runs.
 ///
 /// # Errors
 ///
 /// [`SpecError::Namespace`].
 pub fn find_namespaces(
     spec: &mut Spec,
-    first_process: impl Fn(&str) -> Option<i32>,
+    process: impl Fn(&str, &str) -> Option<i32>,
 ) -> Result<(), SpecError> {
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     for (index, namespace) in linux.namespaces_mut().iter_mut().flatten().enumerate() {
@@ -107,7 +108,7 @@ pub fn find_namespaces(
         let kind = namespace.typ().to_string();
         let found = path.strip_prefix(GUEST_CONTAINERS_DIR).ok().and_then(|rest| {
             let (id, name) = rest.to_str()?.split_once("/ns/")?;
-            (name == kind).then(|| first_process(id))?
+            (name == kind).then(|| process(id, &kind))?
         });
         let Some(pid) = found else { return Err(SpecError::Namespace { index, path }) };
         namespace.set_path(Some(format!("/proc/{pid}/ns/{kind}").into()));
@@ -156,7 +157,7 @@ mod tests {
         let find = |path: &str| {
             let linux = format!(r#"{{"namespaces":[{{"type":"network","path":"{path}"}}]}}"#);
             let mut spec = parse(PROCESS, &linux).unwrap().spec;
-            find_namespaces(&mut spec, |id| (id == "one").then_some(42))?;
+            find_namespaces(&mut spec, |id, _| (id == "one").then_some(42))?;
             let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
             Ok::<_, SpecError>(namespaces[0].path().clone().unwrap())
         };

@@ -14,6 +14,7 @@ use kvrun_pod::text;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::rootfs::Rootfs;
+use crate::stand_in::StandIn;
 use crate::stdio::Names;
 use crate::task::{Ended, Task};
 
@@ -30,6 +31,8 @@ pub(crate) struct Container {
     pub(crate) place: Place,
     pub(crate) _rootfs: Rootfs,
     pub(crate) task: Arc<Task>,
+    /// The machine, if it stands for this container, or has done so.
+    pub(crate) stand_in: Option<StandIn>,
     pub(crate) execs: Mutex<HashMap<String, Arc<Exec>>>,
 }
 
@@ -88,17 +91,32 @@ impl Container {
         Ok((Arc::clone(&exec.task), ended))
     }
 
+    /// Whether the machine stands for it, so that there is no process of it.
+    pub(crate) fn has_no_process(&self) -> bool {
+        self.stand_in.as_ref().is_some_and(StandIn::stands)
+    }
+
     /// Sends a signal.
     pub(crate) async fn kill(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), Error> {
         let task = self.task(exec_id)?;
         if task.status() == State::STOPPED {
-            return if all { Ok(()) } else { Err(Error::Finished { id: self.id.to_string() }) };
+            return if all { Ok(()) } else { Err(self.finished()) };
+        }
+        if let Some(stand_in) = &self.stand_in
+            && exec_id.is_empty()
+            && task.process().is_err()
+        {
+            return if stand_in.signal(signal) { Ok(()) } else { Err(self.finished()) };
         }
         match task.process()?.kill(signal, all).await {
             // It has ended meanwhile.
-            Err(_) if task.ended().is_some() => Err(Error::Finished { id: self.id.to_string() }),
+            Err(_) if task.ended().is_some() => Err(self.finished()),
             result => Ok(result?),
         }
+    }
+
+    fn finished(&self) -> Error {
+        Error::Finished { id: self.id.to_string() }
     }
 
     /// Holds all its processes.
@@ -127,6 +145,9 @@ impl Container {
 
     /// The process IDs in it, as it has them.
     pub(crate) async fn pids(&self) -> Result<Vec<u32>, Error> {
+        if self.has_no_process() {
+            return Ok(Vec::new());
+        }
         let vm = &self.machine.vm;
         let response = vm.or_death(vm.agent().processes(&self.id)).await?;
         Ok(response.processes.into_iter().map(|process| process.pid).collect())
@@ -134,6 +155,9 @@ impl Container {
 
     /// What its cgroup counts.
     pub(crate) async fn counters(&self) -> Result<HashMap<String, u64>, Error> {
+        if self.has_no_process() {
+            return Ok(HashMap::new());
+        }
         let vm = &self.machine.vm;
         Ok(vm.or_death(vm.agent().stats(&self.id)).await?.counters)
     }

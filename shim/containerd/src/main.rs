@@ -5,7 +5,7 @@
 //!
 //! * `start`, in the bundle of a new container: [`launch`] finds the shim of its pod or starts one, and prints its address.
 //! * without an action: [`serve`] is that shim. One process serves all containers of a pod: [`service`] is the Task API over
-//!   [`pod`], which has the [`machine`], its [`container`]s and their [`task`]s, the processes in it. [`stdio`] opens what they read and write, [`events`] tells
+//!   [`pod`], which has the [`machine`], its [`container`]s and their [`task`]s, the processes in it; the machine may [stand in](stand_in) for one. [`stdio`] opens what they read and write, [`events`] tells
 //!   containerd what happens, [`metrics`] says what they use, [`options`] which configuration counts.
 //! * `delete`, when the shim is gone: [`cleanup`] removes what it has left.
 
@@ -21,6 +21,7 @@ mod pod;
 mod rootfs;
 mod serve;
 mod service;
+mod stand_in;
 mod stdio;
 mod task;
 

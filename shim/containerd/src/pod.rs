@@ -17,16 +17,20 @@ use kvrun_pod::config::{Config, Source};
 use kvrun_pod::container::Exit;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
+use kvrun_pod::process::Process;
 use kvrun_pod::record::{Record, Status};
-use kvrun_pod::{hooks, layers, root_disk, text};
+use kvrun_pod::stdio::Streams;
+use kvrun_pod::{hooks, layers, root_disk, sandbox, text};
 use tokio::sync::Semaphore;
 
 use crate::container::Container;
 use crate::error::{Error, host};
 use crate::events::Events;
+use crate::launch::KIND;
 use crate::machine::{Host, Machine};
 use crate::rootfs::Rootfs;
-use crate::stdio::Names;
+use crate::stand_in::StandIn;
+use crate::stdio::{Names, Opened};
 use crate::task::{Ended, Task};
 
 /// The pod.
@@ -83,6 +87,13 @@ impl Pod {
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
         let found = lock(&self.containers).get(id).cloned();
         found.ok_or_else(|| Error::NotFound { what: "container", id: text::one_line(id, 128) })
+    }
+
+    /// The same, with its process in the guest, for what cannot do without.
+    pub(crate) async fn get_with_process(&self, id: &str) -> Result<Arc<Container>, Error> {
+        let container = self.get(id)?;
+        self.need_process(&container).await?;
+        Ok(container)
     }
 
     /// Whether there is no container in it.
@@ -152,10 +163,11 @@ impl Pod {
                 used.forget(&std::mem::replace(&mut place, instead)).await;
             }
             used.copy_volumes(&mut place, &mut spec).await;
+            self.need_processes_of_siblings(&bundle).await?;
             self.make(&used, &bundle, &spec, &task).await
         };
         match made.await {
-            Ok(record) => {
+            Ok((record, stand_in)) => {
                 let container = Arc::new(Container {
                     id,
                     bundle_path: plan.bundle,
@@ -166,6 +178,7 @@ impl Pod {
                     place,
                     _rootfs: rootfs,
                     task,
+                    stand_in,
                     execs: Mutex::default(),
                 });
                 lock(&self.containers).insert(plan.id, Arc::clone(&container));
@@ -181,14 +194,14 @@ impl Pod {
         }
     }
 
-    /// Makes a container in the guest.
+    /// Makes a container in the guest; or has the machine stand for it.
     async fn make(
         &self,
         machine: &Machine,
         bundle: &Bundle,
         spec: &Spec,
         task: &Arc<Task>,
-    ) -> Result<Record, Error> {
+    ) -> Result<(Record, Option<StandIn>), Error> {
         let id: ContainerId = task.container.parse()?;
         let process = HostProcess::current().map_err(host("read /proc/self/stat"))?;
         let mut record = Record::creating(id.clone(), process, String::new());
@@ -199,17 +212,64 @@ impl Pod {
         for (kind, list) in bundle.creation_hooks() {
             hooks::run(kind, &list, &self.host.home, &state(&record, Status::Creating)).await?;
         }
+        if record.annotations.get(KIND).is_some_and(|kind| kind == "sandbox")
+            && sandbox::needs_no_process(spec)
+        {
+            machine.vm.stand_for(&id, spec).await?;
+            let stand_in = StandIn::start(&machine.vm, task, self.events.clone(), spec);
+            return Ok((record, Some(stand_in)));
+        }
+        self.make_process(machine, &record, spec, task).await?.put(self, task)?;
+        Ok((record, None))
+    }
+
+    /// Makes the process of a container in the guest.
+    async fn make_process(
+        &self,
+        machine: &Machine,
+        record: &Record,
+        spec: &Spec,
+        task: &Task,
+    ) -> Result<Made, Error> {
         let opened = task.open(&self.host.namespace)?;
         let wanted = opened.stdio.wanted();
-        let (process, streams) = machine.vm.create_process(&id, &record.bundle, spec, wanted).await?;
-        let (events, container) = (self.events.clone(), task.container.clone());
-        let oom = move |exit: &Exit| {
-            if exit.oom_killed {
-                events.publish(TaskOOM { container_id: container, ..Default::default() });
+        let (process, streams) = machine.vm.create_process(&record.id, &record.bundle, spec, wanted).await?;
+        Ok(Made { process, streams, opened })
+    }
+
+    /// Makes the process of a container for which the machine has stood so far.
+    async fn need_process(&self, container: &Container) -> Result<(), Error> {
+        let Some(stand_in) = &container.stand_in else { return Ok(()) };
+        let _making = stand_in.making.lock().await;
+        if !stand_in.stands() {
+            return Ok(());
+        }
+        let task = &container.task;
+        let made = self.make_process(&container.machine, &container.record, &stand_in.spec, task).await?;
+        let _changing = task.changing.lock().await;
+        if task.status() == State::STOPPED || !stand_in.give_way() {
+            made.process.delete().await;
+            return Err(task.wrong_state("use"));
+        }
+        let process = made.process.clone();
+        made.put(self, task)?;
+        if task.status() == State::RUNNING {
+            process.start().await?;
+        }
+        Ok(())
+    }
+
+    /// Makes those processes whose namespaces a container joins.
+    async fn need_processes_of_siblings(&self, bundle: &Bundle) -> Result<(), Error> {
+        for sibling in bundle.siblings() {
+            let container = self.get(sibling.as_str())?;
+            if let Some(stand_in) = &container.stand_in
+                && sandbox::needs_process(bundle.spec(), sibling, &stand_in.spec)
+            {
+                self.need_process(&container).await?;
             }
-        };
-        task.is_made(process, streams, opened, self.events.clone(), oom)?;
-        Ok(record)
+        }
+        Ok(())
     }
 
     /// Runs the process of a created container, or a further one that was added.
@@ -225,8 +285,9 @@ impl Pod {
         if container.is_first {
             container.machine.update_network().await?;
         }
-        let process = task.process()?;
-        process.start().await?;
+        if !container.has_no_process() {
+            task.process()?.start().await?;
+        }
         task.set_started();
         self.events.publish(TaskStart {
             container_id: task.container.clone(),
@@ -238,13 +299,14 @@ impl Pod {
             hooks::run("poststart", &container.bundle.poststart_hooks(), &self.host.home, &document).await
         {
             // runtime.md, "Lifecycle", step 9.
-            let _ = process.kill(SIGKILL, true).await;
+            let _ = container.kill("", SIGKILL, true).await;
             return Err(error.into());
         }
         Ok(Arc::clone(task))
     }
 
     async fn start_exec(&self, container: &Container, exec_id: &str) -> Result<Arc<Task>, Error> {
+        self.need_process(container).await?;
         let exec = container.exec(exec_id)?;
         let task = &exec.task;
         let _changing = task.changing.lock().await;
@@ -278,7 +340,7 @@ impl Pod {
         match task.status() {
             State::STOPPED => {}
             State::CREATED => {
-                let _ = task.process()?.kill(SIGKILL, true).await;
+                let _ = container.kill("", SIGKILL, true).await;
             }
             _ => return Err(task.wrong_state("delete")),
         }
@@ -288,7 +350,10 @@ impl Pod {
         };
         let execs: Vec<_> = container.execs().drain().map(|(_, exec)| exec).collect();
         task.close().await;
-        task.process()?.delete().await;
+        // There is none of a container for which the machine has stood.
+        if let Ok(process) = task.process() {
+            process.delete().await;
+        }
         for exec in execs {
             exec.task.close().await;
         }
@@ -317,6 +382,26 @@ impl Pod {
             machine.vm.clone().shutdown().await;
         }
         lock(&self.containers).clear();
+    }
+}
+
+/// A process that was made in the guest, with what is open for it on the host.
+struct Made {
+    process: Process,
+    streams: Streams,
+    opened: Opened,
+}
+
+impl Made {
+    /// Has it be that of a container.
+    fn put(self, pod: &Pod, task: &Arc<Task>) -> Result<(), Error> {
+        let (events, container) = (pod.events.clone(), task.container.clone());
+        let oom = move |exit: &Exit| {
+            if exit.oom_killed {
+                events.publish(TaskOOM { container_id: container, ..Default::default() });
+            }
+        };
+        task.is_made(self.process, self.streams, self.opened, pod.events.clone(), oom)
     }
 }
 

@@ -147,13 +147,13 @@ impl TaskApi for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        self.pod.get(&request.id)?.pause().await?;
+        self.pod.get_with_process(&request.id).await?.pause().await?;
         self.pod.events().publish(TaskPaused { container_id: request.id, ..Default::default() });
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        self.pod.get(&request.id)?.resume().await?;
+        self.pod.get_with_process(&request.id).await?.resume().await?;
         self.pod.events().publish(TaskResumed { container_id: request.id, ..Default::default() });
         Ok(Empty::default())
     }
@@ -197,7 +197,7 @@ impl TaskApi for Service {
             u16::try_from(n).map_err(|_| Error::Invalid(format!("no terminal has {n} rows or columns")))
         };
         let (rows, columns) = (size(request.height)?, size(request.width)?);
-        let task = self.pod.get(&request.id)?.task(&request.exec_id)?;
+        let task = self.pod.get_with_process(&request.id).await?.task(&request.exec_id)?;
         task.process()?.resize(rows, columns).await.map_err(Error::from)?;
         Ok(Empty::default())
     }
@@ -212,7 +212,7 @@ impl TaskApi for Service {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
         let resources: LinuxResources = json(&request.resources.value, "resources")?;
-        self.pod.get(&request.id)?.update(&resources).await?;
+        self.pod.get_with_process(&request.id).await?.update(&resources).await?;
         Ok(Empty::default())
     }
 

@@ -149,7 +149,8 @@ impl Task {
         Ok(())
     }
 
-    fn has_ended(&self, exit: &Exit, events: &Events) {
+    /// Tells of its end. Whoever calls it holds `changing`.
+    pub(crate) fn has_ended(&self, exit: &Exit, events: &Events) {
         if let ExitState::VmDied(death) = &exit.state {
             tracing::error!(container = self.container, exec = self.exec_id, %death, "the virtual machine died");
             // All processes end with it, and it is the only one of ours.

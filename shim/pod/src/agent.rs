@@ -3,6 +3,7 @@
 //! Requests go out from whoever has an [`Agent`]; every one is bounded in time, except waiting for a process. What the agent answers is
 //! hostile: ttrpc bounds its size, and its error messages are made one short line before anything else sees them.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -302,6 +303,23 @@ impl Agent {
         let request = api::RemoveVolumeRequest { number, ..Default::default() };
         let call = self.client.remove_volume(Context::default(), &request);
         self.bounded("remove a volume", REQUEST_TIMEOUT, call).await.map(drop)
+    }
+
+    /// Has the guest stand for a container, with a host name and a domain name, and with these sysctls.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn set_up_sandbox(
+        &self,
+        id: &ContainerId,
+        [hostname, domainname]: [String; 2],
+        sysctl: HashMap<String, String>,
+    ) -> Result<(), AgentError> {
+        let container_id = id.to_string();
+        let request =
+            api::SetUpSandboxRequest { container_id, hostname, domainname, sysctl, ..Default::default() };
+        let call = self.client.set_up_sandbox(Context::default(), &request);
+        self.bounded("set up the pod", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
     /// Creates a container; `spec_json` is its OCI config with paths of the guest, `bundle` the directory on the host that hooks in the

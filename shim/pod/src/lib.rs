@@ -14,7 +14,7 @@
 //!
 //! [`network`] makes the host's ends of links, [`disks`] has the guest use block devices of the host, [`growth`] makes the machine as large as its
 //! containers ask. Root file systems that the guest mounts itself are on a disk ([`root_disk`]) or in [`layers`]. Volumes of
-//! which programs want to hear when they change are copied to the guest ([`watched`]). [`observe`] shows the pod's metrics and its guest's
+//! which programs want to hear when they change are copied to the guest ([`watched`]). The machine may stand for a pod's own container ([`sandbox`]). [`observe`] shows the pod's metrics and its guest's
 //! log to whoever asks, and [`debug`] runs programs in the guest.
 //!
 //! Everything set up undoes itself when dropped, in reverse order: the machine, the share, the cgroup, the state directory.
@@ -47,6 +47,7 @@ pub mod pod;
 pub mod process;
 pub mod record;
 pub mod root_disk;
+pub mod sandbox;
 pub mod share;
 pub mod size;
 pub mod spawn;

@@ -1,6 +1,7 @@
 //! containerd and `ctr`, its command line: each test has a containerd of its own, whose files are among the test's.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,8 @@ use crate::time;
 pub const IMAGE: &str = "localhost/busybox:latest";
 /// The same, whose containers do nothing: for the sandboxes of pods.
 pub const PAUSE: &str = "localhost/pause:latest";
+/// What Kubernetes' program of that name does.
+const PAUSE_PROGRAM: &str = "#!/bin/sh\ntrap 'exit 0' INT TERM\nwhile :; do sleep 2147483647 & wait; done\n";
 /// One that has no layers, so that its containers have no files.
 pub const EMPTY: &str = "localhost/empty:latest";
 /// What containerd calls us.
@@ -165,10 +168,12 @@ impl<'a> Containerd<'a> {
         let containerd = Self { test, release, daemon, dir, namespace };
         let root = containerd.dir.join("image");
         userland(&root)?;
+        fs::write(root.join("pause"), PAUSE_PROGRAM)?;
+        fs::set_permissions(root.join("pause"), fs::Permissions::from_mode(0o755))?;
         bundle::archive(&root, &containerd.dir.join(USERLAND), &["."])?;
         containerd.import(&[
             Image { name: IMAGE, layers: &[USERLAND], command: &["sh"] },
-            Image { name: PAUSE, layers: &[USERLAND], command: &["sleep", "2147483647"] },
+            Image { name: PAUSE, layers: &[USERLAND], command: &["/pause"] },
             Image { name: EMPTY, layers: &[], command: &["sh"] },
         ])?;
         Ok(containerd)

@@ -98,14 +98,22 @@ pub(super) fn resolve(linux: &mut Linux, siblings: Siblings<'_>) -> Result<Resol
             );
             return Err(Fault::new(field, problem));
         };
-        let in_guest =
-            PathBuf::from(GUEST_CONTAINERS_DIR).join(sibling.as_str()).join("ns").join(file_of(kind));
-        namespace.set_path(Some(in_guest));
+        namespace.set_path(Some(in_guest(&sibling).join(file_of(kind))));
     }
     if let Some(namespaces) = linux.namespaces_mut() {
         namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     }
     Ok(resolved)
+}
+
+/// Where the guest has the namespaces of a container.
+fn in_guest(container: &ContainerId) -> PathBuf {
+    PathBuf::from(GUEST_CONTAINERS_DIR).join(container.as_str()).join("ns")
+}
+
+/// Whether a path in a spec for the guest names a namespace of a container.
+pub fn is_namespace_of(path: &Path, container: &ContainerId) -> bool {
+    path.parent() == Some(&in_guest(container))
 }
 
 /// The process in `/proc/PID/ns/NAME`, if the name fits the kind.

@@ -319,6 +319,11 @@ pub fn script(name: &str, script: &str) -> api::ContainerConfig {
 }
 
 impl Pod<'_> {
+    /// Its ID, which is that of its own container.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Creates a container in it and starts it; its ID.
     ///
     /// # Errors

@@ -22,12 +22,13 @@ use rustix::mount::{MountFlags, UnmountFlags, unmount};
 use serde_json::json;
 
 use crate::engines::is_served;
-use crate::pod_faults::nothing_is_left;
+use crate::pod_faults::{is_not_ready, nothing_is_left};
 use crate::vm::fs::program;
 
 pub(crate) const CASES: &[Case] = cases![
     containers_of_a_pod_share_a_machine_and_come_and_go,
     processes_are_seen_by_whom_it_is_asked_for,
+    sandbox_has_a_process_only_where_one_is_needed,
     pod_is_deleted_while_its_container_starts,
     pods_reach_each_other_by_every_way,
     pod_is_on_links_of_every_kind_of_cni,
@@ -242,7 +243,7 @@ fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
     let first = pod.start(container("first", processes(Mode::Pod))?)?;
     let second = pod.start(container("second", processes(Mode::Pod))?)?;
     for id in [&first, &second] {
-        ensure!(first_process(&pod, id)?.starts_with("sleep 2147483647"), "{}", first_process(&pod, id)?);
+        ensure!(first_process(&pod, id)?.starts_with("/bin/sh /pause"), "{}", first_process(&pod, id)?);
         ensure!(pod.sh(id, "ps -o args | grep -c '[s]leep 1000'")? == "4\n", "{}", pod.sh(id, "ps")?);
     }
     // What a container has started ends with it.
@@ -261,6 +262,74 @@ fn processes_are_seen_by_whom_it_is_asked_for(t: &Test) -> Result<()> {
         pod.sh(&debugger, "ps")?
     );
     pod.remove()?;
+    cri.end()
+}
+
+fn sandbox_has_a_process_only_where_one_is_needed(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let ctr = cri.containerd();
+    let mut config = cri.pod_config("empty");
+    of_pod(&mut config)?.namespace_options = Some(processes(Mode::Node));
+    let sysctls = [("kernel.shm_rmid_forced", "1"), ("net.ipv4.ip_unprivileged_port_start", "7")];
+    config.linux.as_mut().context("none")?.sysctls =
+        sysctls.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let pod = cri.run_pod(config)?;
+    let sandbox = pod.id().to_owned();
+    // It sees all processes of the guest.
+    let mut looker = script("looker", SLEEP);
+    of_container(&mut looker)?.namespace_options = Some(processes(Mode::Node));
+    let looker = pod.start(looker)?;
+    let pauses = || pod.sh(&looker, "cat /proc/[0-9]*/comm 2>/dev/null | grep -c pause || true");
+    ensure!(pauses()? == "0\n", "nobody needs it: {}", pod.sh(&looker, "ps")?);
+    ensure!(
+        pod.sh(&looker, "hostname; sysctl -n kernel.shm_rmid_forced net.ipv4.ip_unprivileged_port_start")?
+            == "empty\n1\n7\n"
+    );
+    let task = |args: &[&str]| ctr.ctr(&[&["task"], args].concat());
+    ensure!(task(&["ps", &sandbox])?.exited(0).text().lines().count() == 1, "the heading");
+    ensure!(task(&["metrics", "--format", "json", &sandbox])?.exited(0).text().contains("\"memory\""));
+    ensure!(
+        task(&["ls"])?
+            .exited(0)
+            .text()
+            .lines()
+            .any(|line| line.starts_with(&sandbox) && line.ends_with("RUNNING"))
+    );
+    // Somebody does.
+    task(&["exec", "--exec-id", "look", &sandbox, "hostname"])?.exited(0).stdout("empty\n");
+    ensure!(pauses()? == "1\n", "{}", pauses()?);
+    ensure!(task(&["ps", &sandbox])?.exited(0).text().lines().count() > 1);
+    ensure!(pod.sh(&looker, "hostname; sysctl -n net.ipv4.ip_unprivileged_port_start")? == "empty\n7\n");
+    // It ends as the program does.
+    pod.stop(&looker, GRACE)?;
+    pod.remove_container(&looker)?;
+    task(&["kill", "--signal", "SIGTERM", &sandbox])?.exited(0);
+    is_not_ready(&pod)?;
+    pod.remove()?;
+
+    // Without a process, as with one. It takes no signal but those that end it.
+    for (signals, code) in [(&["SIGHUP", "SIGTERM"][..], None), (&["SIGKILL"], Some(137))] {
+        let pod = cri.run_pod(cri.pod_config("ends"))?;
+        let sandbox = pod.id().to_owned();
+        let events = ctr.start(&["events"])?;
+        for signal in signals {
+            ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady, "before {signal}");
+            ctr.ctr(&["task", "kill", "--signal", signal, &sandbox])?.exited(0);
+        }
+        is_not_ready(&pod)?;
+        events.until("/tasks/exit")?;
+        let seen = events.stdout.text();
+        let exit = seen
+            .lines()
+            .find(|line| line.contains("/tasks/exit") && line.contains(&sandbox))
+            .context("its end")?;
+        let payload: serde_json::Value =
+            serde_json::from_str(exit.get(exit.find('{').unwrap_or(0)..).unwrap_or_default())?;
+        ensure!(payload.get("exit_status").and_then(serde_json::Value::as_u64) == code, "{exit}");
+        pod.remove()?;
+        nothing_is_left(&cri)?;
+        drop(events);
+    }
     cri.end()
 }
 

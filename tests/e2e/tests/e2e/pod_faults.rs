@@ -251,7 +251,7 @@ fn has_ended(pod: &Pod<'_>, id: &str) -> Result<api::ContainerStatus> {
     pod.status(id)
 }
 
-fn is_not_ready(pod: &Pod<'_>) -> Result<()> {
+pub(crate) fn is_not_ready(pod: &Pod<'_>) -> Result<()> {
     let is_not = || Ok(pod.pod_status()?.state() == api::PodSandboxState::SandboxNotready);
     time::until_within(SOON, "the pod is not ready", is_not)
 }
