@@ -18,14 +18,15 @@ use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, unmount};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::cri::{SLEEP, mount, of_container, of_pod, until_logged};
-use crate::faults::KILL_AGENT;
+use crate::faults::{HANG_KERNEL, KILL_AGENT};
 
 pub(crate) const CASES: &[Case] = cases![
     vmm_is_killed_at_each_step,
     shim_is_killed_at_each_step,
     containerd_is_killed_at_each_step,
     process_of_a_container_is_killed_at_each_step,
-    agent_dies_or_its_guest_hangs,
+    agent_dies,
+    guest_hangs_with_its_machine_or_alone,
     state_directory_is_full,
     memory_runs_out_on_the_host_and_in_the_guest,
 ];
@@ -314,18 +315,28 @@ fn process_of_a_container_is_killed_at_each_step(t: &Test) -> Result<()> {
     cri.end()
 }
 
-fn agent_dies_or_its_guest_hangs(t: &Test) -> Result<()> {
-    let cri = Cri::new(t)?;
-    let mut config = cri.pod_config("agent");
+/// A pod that is the owner of its guest, by what it is asked for.
+fn privileged_pod<'c>(cri: &'c Cri<'_>, name: &str) -> Result<Pod<'c>> {
+    let mut config = cri.pod_config(name);
     let context = of_pod(&mut config)?;
     context.privileged = true;
     context.namespace_options = Some(processes(Mode::Node));
-    let pod = cri.run_pod(config)?;
-    let mut config = script("killer", KILL_AGENT);
+    cri.run_pod(config)
+}
+
+/// A container of such a pod, which sees the agent.
+fn privileged(name: &str, text: &str) -> Result<api::ContainerConfig> {
+    let mut config = script(name, text);
     let context = of_container(&mut config)?;
     context.privileged = true;
     context.namespace_options = Some(processes(Mode::Node));
-    let id = pod.start(config)?;
+    Ok(config)
+}
+
+fn agent_dies(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
+    let pod = privileged_pod(&cri, "agent")?;
+    let id = pod.start(privileged("killer", KILL_AGENT)?)?;
     let ended = has_ended(&pod, &id)?;
     ensure!(ended.exit_code == 137, "{ended:?}");
     is_not_ready(&pod)?;
@@ -333,8 +344,17 @@ fn agent_dies_or_its_guest_hangs(t: &Test) -> Result<()> {
     let log = cri.containerd().log();
     ensure!(log.matches("Kernel panic - not syncing").count() == 1, "{log}");
     pod.remove()?;
-    nothing_stays(&cri).context("the agent died")?;
+    nothing_stays(&cri)?;
+    cri.end()
+}
 
+/// The guest's kernel goes on, takes connections for the agent as well, and never runs it again: all but the root cgroup can be frozen
+/// (Linux 6.12 Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze").
+const FREEZE_AGENT: &str = "cd /proc/1/root/sys/fs/cgroup && mkdir frozen && echo 1 > frozen/cgroup.procs &&
+    echo 1 > frozen/cgroup.freeze && until grep -q 'frozen 1' frozen/cgroup.events; do sleep 0.1; done";
+
+fn guest_hangs_with_its_machine_or_alone(t: &Test) -> Result<()> {
+    let cri = Cri::new(t)?;
     for with_container in [false, true] {
         let pod = cri.run_pod(cri.pod_config(&format!("hangs-{with_container}")))?;
         let id = with_container.then(|| pod.start(script("sleeper", SLEEP))).transpose()?;
@@ -352,6 +372,45 @@ fn agent_dies_or_its_guest_hangs(t: &Test) -> Result<()> {
         let bound = time::scaled(SOON) + Duration::from_secs(10);
         ensure!(before.elapsed() < bound, "it took {:?}", before.elapsed());
         nothing_stays(&cri).context("the guest hung")?;
+    }
+
+    let volume = t.scratch().join("volume");
+    fs::create_dir(&volume)?;
+    let freeze = format!("{FREEZE_AGENT}; echo > /volume/frozen; sleep 1000");
+    let why = "the guest did not take a signal in time";
+    let told = || cri.containerd().log().matches(why).count();
+    for (name, text) in [("kernel", HANG_KERNEL), ("agent", &freeze)] {
+        let pod = privileged_pod(&cri, name)?;
+        let other = pod.start(script("other", SLEEP))?;
+        // Not before containerd knows that it runs: the guest would never say so.
+        let text = format!("until [ -e /volume/{name} ]; do sleep 0.1; done; {text}");
+        let mut config = privileged("hangs", &text)?;
+        config.mounts.push(mount(&volume, "/volume", false));
+        let id = pod.start(config)?;
+        fs::write(volume.join(name), "")?;
+        if name == "kernel" {
+            // Of a guest that does not answer, it is the console.
+            let log = || Ok(t.invoke(&["logs", "--guest", pod.id()])?.text());
+            time::until("the kernel stands still", || log().map(|log| log.contains("end Kernel panic")))?;
+        } else {
+            time::until("the agent is frozen", || Ok(volume.join("frozen").exists()))?;
+            let metrics = t.invoke(&["metrics", pod.id()])?.exited(0).text();
+            ensure!(
+                metrics.lines().any(|line| line.starts_with("kvrun_agent_up{") && line.ends_with(" 0")),
+                "{metrics}"
+            );
+        }
+        let (before, told_before) = (Instant::now(), told());
+        pod.stop(&id, Duration::ZERO)?;
+        for container in [&id, &other] {
+            let ended = has_ended(&pod, container)?;
+            ensure!(ended.exit_code == 137, "{name}: {ended:?}");
+        }
+        is_not_ready(&pod)?;
+        pod.remove()?;
+        ensure!(before.elapsed() < time::scaled(SOON), "it took {:?}", before.elapsed());
+        nothing_stays(&cri).context(name)?;
+        ensure!(told() > told_before, "{}", cri.containerd().log());
     }
     next_pod_starts(&cri)?;
     cri.end()
