@@ -185,7 +185,10 @@ impl<'a> Cri<'a> {
     pub fn remove_all(&self) -> Result<()> {
         let request = api::ListPodSandboxRequest::default();
         let list = self.call(async |mut client| client.list_pod_sandbox(request).await)?;
-        list.items.into_iter().try_for_each(|pod| self.remove(pod.id))
+        list.items.into_iter().try_for_each(|pod| {
+            self.stop_sandbox(&pod.id)?;
+            self.remove_sandbox(&pod.id)
+        })
     }
 
     /// The IDs of all containers there are.
@@ -198,10 +201,14 @@ impl<'a> Cri<'a> {
         Ok(list.containers.into_iter().map(|container| container.id).collect())
     }
 
-    fn remove(&self, id: String) -> Result<()> {
-        let request = api::StopPodSandboxRequest { pod_sandbox_id: id.clone() };
-        self.call(async |mut client| client.stop_pod_sandbox(request).await).context("stop a pod")?;
-        let request = api::RemovePodSandboxRequest { pod_sandbox_id: id };
+    fn stop_sandbox(&self, id: &str) -> Result<()> {
+        let request = api::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        let stopped = self.call(async |mut client| client.stop_pod_sandbox(request).await);
+        stopped.context("stop a pod").map(drop)
+    }
+
+    fn remove_sandbox(&self, id: &str) -> Result<()> {
+        let request = api::RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
         let removed = self.call(async |mut client| client.remove_pod_sandbox(request).await);
         removed.context("remove a pod").map(drop)
     }
@@ -495,11 +502,28 @@ impl Pod<'_> {
             .context("no status")
     }
 
+    /// Stops all that is in it, and it.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn stop_sandbox(&self) -> Result<()> {
+        self.cri.stop_sandbox(&self.id)
+    }
+
+    /// Removes it with all that is in it, which containerd stops if nobody has done so before.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn remove_sandbox(&self) -> Result<()> {
+        self.cri.remove_sandbox(&self.id)
+    }
+
     /// Stops it and removes it with all that is in it.
     ///
     /// # Errors
     /// What containerd says.
     pub fn remove(self) -> Result<()> {
-        self.cri.remove(self.id)
+        self.stop_sandbox()?;
+        self.remove_sandbox()
     }
 }

@@ -47,9 +47,11 @@ enum Step {
     ExecRuns,
     ContainerStops,
     ContainerHasEnded,
+    SandboxStops,
+    SandboxIsRemoved,
 }
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 10] = [
     Step::SandboxStarts,
     Step::SandboxRuns,
     Step::ContainerIsCreated,
@@ -58,6 +60,8 @@ const STEPS: [Step; 8] = [
     Step::ExecRuns,
     Step::ContainerStops,
     Step::ContainerHasEnded,
+    Step::SandboxStops,
+    Step::SandboxIsRemoved,
 ];
 
 /// Who is killed.
@@ -167,6 +171,9 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
         return Ok(());
     }
     let pod = cri.run_pod(config)?;
+    if matches!(step, Step::SandboxStops | Step::SandboxIsRemoved) {
+        return kill_while_it_ends(t, cri, victim, step, &pod);
+    }
     let volume = t.scratch().join(format!("volume-{number}"));
     fs::create_dir(&volume)?;
     let kill_when = |name: &str| {
@@ -176,7 +183,7 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
     let mut config = script("main", "trap 'echo > /volume/term' TERM; echo up; while :; do sleep 1; done");
     config.mounts.push(mount(&volume, "/volume", false));
     match step {
-        Step::SandboxStarts => {}
+        Step::SandboxStarts | Step::SandboxStops | Step::SandboxIsRemoved => {}
         Step::SandboxRuns => kill()?,
         Step::ContainerIsCreated => {
             let id = pod.create(config)?;
@@ -243,6 +250,40 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
         return Ok(());
     }
     is_not_ready(&pod)
+}
+
+/// Kills somebody while containerd stops a pod with a container, or removes one that still runs.
+fn kill_while_it_ends(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, pod: &Pod<'_>) -> Result<()> {
+    let (words, container) = if step == Step::SandboxStops {
+        ("StopPodSandbox for", Some(pod.start(script("main", SLEEP))?))
+    } else {
+        ("RemovePodSandbox for", None)
+    };
+    // What it is asked waits.
+    let shims = t.processes(SHIM)?;
+    signal(&shims, Signal::STOP)?;
+    let ended = meanwhile(
+        || if container.is_some() { pod.stop_sandbox() } else { pod.remove_sandbox() },
+        || {
+            let asked = |line: &str| line.contains(words) && line.contains(pod.id());
+            time::until("containerd is asked", || Ok(cri.containerd().log().lines().any(asked)))?;
+            victim.kill(t, cri)?;
+            signal(&shims, Signal::CONT)?;
+            victim.revive(cri)
+        },
+    )?;
+    // A machine that is dead is no obstacle. Without the shim, containerd may not have been able to do everything.
+    match victim {
+        Victim::Vmm => ended?,
+        Victim::Shim => {}
+        Victim::Containerd => ensure!(ended.is_err(), "an answer of who was killed"),
+    }
+    let Some(id) = container else { return Ok(()) };
+    // What a kubelet does with a pod of which it does not know that it is stopped.
+    pod.stop_sandbox()?;
+    let ended = has_ended(pod, &id)?;
+    ensure!(victim == Victim::Shim || ended.exit_code == 137, "{ended:?}");
+    is_not_ready(pod)
 }
 
 /// Waits, not for long, until containerd knows that a container has ended; how.
