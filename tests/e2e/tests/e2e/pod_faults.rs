@@ -302,8 +302,9 @@ pub(crate) fn is_not_ready(pod: &Pod<'_>) -> Result<()> {
 fn threads(t: &Test, name: &str) -> Result<usize> {
     let mut count = 0;
     for (pid, _) in t.processes(SHIM)? {
-        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let comm = fs::read_to_string(thread?.path().join("comm")).unwrap_or_default();
+        // It may end meanwhile, as the one does that containerd runs to find the shim of a pod.
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let comm = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
             count += usize::from(comm.trim_end() == name);
         }
     }
