@@ -24,8 +24,8 @@ pub(crate) const CASES: &[Case] = cases![
     vmm_is_killed_at_each_step,
     shim_is_killed_at_each_step,
     containerd_is_killed_at_each_step,
+    agent_is_killed_at_each_step,
     process_of_a_container_is_killed_at_each_step,
-    agent_dies,
     guest_hangs_with_its_machine_or_alone,
     state_directory_is_full,
     memory_runs_out_on_the_host_and_in_the_guest,
@@ -70,14 +70,27 @@ enum Victim {
     Vmm,
     Shim,
     Containerd,
+    /// By a [`killer`] in its guest.
+    Agent,
 }
 
 impl Victim {
-    fn kill(self, t: &Test, cri: &Cri<'_>) -> Result<()> {
+    /// Whether somebody is there to kill it.
+    fn is_within_reach(self, step: Step) -> bool {
+        // Only a container can do it: nobody is there before, and with one there, the other steps are those of a container.
+        let of_sandbox = [Step::SandboxStarts, Step::SandboxRuns, Step::SandboxStops, Step::SandboxIsRemoved];
+        self != Self::Agent || !of_sandbox.contains(&step)
+    }
+
+    fn kill(self, t: &Test, cri: &Cri<'_>, volume: &Path) -> Result<()> {
         match self {
             Self::Vmm => signal(&t.vmms()?, Signal::KILL),
             Self::Shim => signal(&t.processes(SHIM)?, Signal::KILL),
             Self::Containerd => cri.containerd().kill(),
+            Self::Agent => {
+                fs::write(volume.join("kill"), "")?;
+                time::until("the guest is dead", || Ok(t.vmms().is_err()))
+            }
         }
     }
 
@@ -120,9 +133,14 @@ fn containerd_is_killed_at_each_step(t: &Test) -> Result<()> {
     each_step(t, Victim::Containerd)
 }
 
+fn agent_is_killed_at_each_step(t: &Test) -> Result<()> {
+    each_step(t, Victim::Agent)
+}
+
 fn each_step(t: &Test, victim: Victim) -> Result<()> {
     let cri = Cri::new(t)?;
-    for (number, step) in STEPS.into_iter().enumerate() {
+    let steps = STEPS.into_iter().filter(|step| victim.is_within_reach(*step));
+    for (number, step) in steps.enumerate() {
         let case = || format!("{victim:?} is killed when {step:?}");
         kill_at(t, &cri, victim, step, number).with_context(case)?;
         nothing_stays(&cri).with_context(case)?;
@@ -150,13 +168,54 @@ fn next_pod_starts(cri: &Cri<'_>) -> Result<()> {
     pod.remove()
 }
 
+/// Lets the privileged containers of a pod do with its guest what they want.
+fn own_the_guest(config: &mut api::PodSandboxConfig) -> Result<()> {
+    let context = of_pod(config)?;
+    context.privileged = true;
+    context.namespace_options = Some(processes(Mode::Node));
+    Ok(())
+}
+
+/// A container of such a pod, which sees the agent.
+fn privileged(name: &str, text: &str, volume: &Path) -> Result<api::ContainerConfig> {
+    let mut config = script(name, text);
+    config.mounts.push(mount(volume, "/volume", false));
+    let context = of_container(&mut config)?;
+    context.privileged = true;
+    context.namespace_options = Some(processes(Mode::Node));
+    Ok(config)
+}
+
+/// The guest's kernel goes on, takes connections for the agent as well, and never runs it again: all but the root cgroup can be frozen
+/// (Linux 6.12 Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze").
+const FREEZE_AGENT: &str = "cd /proc/1/root/sys/fs/cgroup && mkdir frozen && echo 1 > frozen/cgroup.procs &&
+    echo 1 > frozen/cgroup.freeze && until grep -q 'frozen 1' frozen/cgroup.events; do sleep 0.1; done";
+
+/// A container that freezes the agent, and kills it, when files in its volume say so. A frozen one is killed before it can do anything more.
+fn killer(volume: &Path) -> Result<api::ContainerConfig> {
+    let text = format!(
+        "until [ -e /volume/kill ]; do
+            if [ -e /volume/freeze ] && [ ! -e /volume/frozen ]; then ({FREEZE_AGENT}) && echo > /volume/frozen; fi
+            sleep 0.1
+        done
+        ({KILL_AGENT})
+        [ ! -e /volume/frozen ] || echo 0 > /proc/1/root/sys/fs/cgroup/frozen/cgroup.freeze"
+    );
+    privileged("killer", &text, volume)
+}
+
 /// Takes a pod to a step of its life, kills somebody, and checks what containerd says then.
 fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -> Result<()> {
+    let volume = t.scratch().join(format!("volume-{number}"));
+    fs::create_dir(&volume)?;
     let kill = || {
-        victim.kill(t, cri)?;
+        victim.kill(t, cri, &volume)?;
         victim.revive(cri)
     };
-    let config = cri.pod_config(&format!("pod-{number}"));
+    let mut config = cri.pod_config(&format!("pod-{number}"));
+    if victim == Victim::Agent {
+        own_the_guest(&mut config)?;
+    }
     if step == Step::SandboxStarts {
         let started = meanwhile(
             || cri.run_pod(config),
@@ -174,8 +233,9 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
     if matches!(step, Step::SandboxStops | Step::SandboxIsRemoved) {
         return kill_while_it_ends(t, cri, victim, step, &pod);
     }
-    let volume = t.scratch().join(format!("volume-{number}"));
-    fs::create_dir(&volume)?;
+    if victim == Victim::Agent {
+        pod.start(killer(&volume)?)?;
+    }
     let kill_when = |name: &str| {
         time::until(name, || Ok(volume.join(name).exists()))?;
         kill()
@@ -200,13 +260,19 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
         }
         Step::ContainerStarts => {
             // It cannot get any further.
-            signal(&t.vmms()?, Signal::STOP)?;
+            if victim == Victim::Agent {
+                fs::write(volume.join("freeze"), "")?;
+                time::until("the agent is frozen", || Ok(volume.join("frozen").exists()))?;
+            } else {
+                signal(&t.vmms()?, Signal::STOP)?;
+            }
+            let before = threads(t, "container")?;
             let started = meanwhile(
                 || pod.start(config),
                 || {
-                    let in_shim = || Ok(threads(t, "container")? == 2);
+                    let in_shim = || Ok(threads(t, "container")? == before + 1);
                     time::until("the shim makes the container", in_shim)?;
-                    victim.kill(t, cri)?;
+                    victim.kill(t, cri, &volume)?;
                     // Goes on, unless it was killed or is about to die with its shim. A guest must not seem to hang for as long as containerd
                     // takes to start.
                     signal(&t.vmms().unwrap_or_default(), Signal::CONT)?;
@@ -249,7 +315,14 @@ fn kill_at(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, number: usize) -
         );
         return Ok(());
     }
-    is_not_ready(&pod)
+    is_not_ready(&pod)?;
+    if victim == Victim::Agent {
+        // Once for each pod, though all of its containers have ended by it.
+        let told = || Ok(cri.containerd().log().matches("Kernel panic - not syncing").count());
+        time::until_within(SOON, "why the guest died is told", || told().map(|told| told > number))?;
+        ensure!(told()? == number + 1, "{}", cri.containerd().log());
+    }
+    Ok(())
 }
 
 /// Kills somebody while containerd stops a pod with a container, or removes one that still runs.
@@ -267,16 +340,17 @@ fn kill_while_it_ends(t: &Test, cri: &Cri<'_>, victim: Victim, step: Step, pod: 
         || {
             let asked = |line: &str| line.contains(words) && line.contains(pod.id());
             time::until("containerd is asked", || Ok(cri.containerd().log().lines().any(asked)))?;
-            victim.kill(t, cri)?;
+            // The agent, for which there must be a volume, is not within reach.
+            victim.kill(t, cri, &t.scratch())?;
             signal(&shims, Signal::CONT)?;
             victim.revive(cri)
         },
     )?;
-    // A machine that is dead is no obstacle. Without the shim, containerd may not have been able to do everything.
     match victim {
-        Victim::Vmm => ended?,
-        Victim::Shim => {}
         Victim::Containerd => ensure!(ended.is_err(), "an answer of who was killed"),
+        // Whether it could do everything without the shim is containerd's to say.
+        Victim::Shim => {}
+        _ => ended.context("a machine that is dead already is no obstacle")?,
     }
     let Some(id) = container else { return Ok(()) };
     // What a kubelet does with a pod of which it does not know that it is stopped.
@@ -357,44 +431,6 @@ fn process_of_a_container_is_killed_at_each_step(t: &Test) -> Result<()> {
     cri.end()
 }
 
-/// A pod that is the owner of its guest, by what it is asked for.
-fn privileged_pod<'c>(cri: &'c Cri<'_>, name: &str) -> Result<Pod<'c>> {
-    let mut config = cri.pod_config(name);
-    let context = of_pod(&mut config)?;
-    context.privileged = true;
-    context.namespace_options = Some(processes(Mode::Node));
-    cri.run_pod(config)
-}
-
-/// A container of such a pod, which sees the agent.
-fn privileged(name: &str, text: &str) -> Result<api::ContainerConfig> {
-    let mut config = script(name, text);
-    let context = of_container(&mut config)?;
-    context.privileged = true;
-    context.namespace_options = Some(processes(Mode::Node));
-    Ok(config)
-}
-
-fn agent_dies(t: &Test) -> Result<()> {
-    let cri = Cri::new(t)?;
-    let pod = privileged_pod(&cri, "agent")?;
-    let id = pod.start(privileged("killer", KILL_AGENT)?)?;
-    let ended = has_ended(&pod, &id)?;
-    ensure!(ended.exit_code == 137, "{ended:?}");
-    is_not_ready(&pod)?;
-    // Once, though both of its containers have ended by it.
-    let log = cri.containerd().log();
-    ensure!(log.matches("Kernel panic - not syncing").count() == 1, "{log}");
-    pod.remove()?;
-    nothing_stays(&cri)?;
-    cri.end()
-}
-
-/// The guest's kernel goes on, takes connections for the agent as well, and never runs it again: all but the root cgroup can be frozen
-/// (Linux 6.12 Documentation/admin-guide/cgroup-v2.rst, "cgroup.freeze").
-const FREEZE_AGENT: &str = "cd /proc/1/root/sys/fs/cgroup && mkdir frozen && echo 1 > frozen/cgroup.procs &&
-    echo 1 > frozen/cgroup.freeze && until grep -q 'frozen 1' frozen/cgroup.events; do sleep 0.1; done";
-
 fn guest_hangs_with_its_machine_or_alone(t: &Test) -> Result<()> {
     let cri = Cri::new(t)?;
     for with_container in [false, true] {
@@ -422,13 +458,13 @@ fn guest_hangs_with_its_machine_or_alone(t: &Test) -> Result<()> {
     let why = "the guest did not take a signal in time";
     let told = || cri.containerd().log().matches(why).count();
     for (name, text) in [("kernel", HANG_KERNEL), ("agent", &freeze)] {
-        let pod = privileged_pod(&cri, name)?;
+        let mut config = cri.pod_config(name);
+        own_the_guest(&mut config)?;
+        let pod = cri.run_pod(config)?;
         let other = pod.start(script("other", SLEEP))?;
         // Not before containerd knows that it runs: the guest would never say so.
         let text = format!("until [ -e /volume/{name} ]; do sleep 0.1; done; {text}");
-        let mut config = privileged("hangs", &text)?;
-        config.mounts.push(mount(&volume, "/volume", false));
-        let id = pod.start(config)?;
+        let id = pod.start(privileged("hangs", &text, &volume)?)?;
         fs::write(volume.join(name), "")?;
         if name == "kernel" {
             // Of a guest that does not answer, it is the console.
