@@ -143,10 +143,11 @@ impl Container {
         Ok(())
     }
 
-    /// The process IDs in it, as it has them.
+    /// The process IDs in it, as it has them. Without one it is that of the task: containerd 1.7 ends a shim whose task has none when it starts again
+    /// (its `runtime/v2/shim_load.go`).
     pub(crate) async fn pids(&self) -> Result<Vec<u32>, Error> {
         if self.has_no_process() {
-            return Ok(Vec::new());
+            return Ok(vec![self.task.pid()]);
         }
         let vm = &self.machine.vm;
         let response = vm.or_death(vm.agent().processes(&self.id)).await?;
