@@ -6,8 +6,10 @@ mod lab;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kvrun_agent::cgroup::event_file::EventFile;
 use kvrun_agent_api::agent::{Empty, GetInfoRequest, ResizeTerminalRequest};
 use lab::{Ended, ROOTFS, Stream, config, lab, left_behind, refusal, stdio};
 use serde_json::json;
@@ -264,6 +266,26 @@ fn every_state_refuses_what_does_not_fit_it() {
         assert_eq!(refusal(lab.start("c").await).0, Code::FAILED_PRECONDITION);
         lab.remove("c").await.unwrap();
         assert!(left_behind().is_empty(), "{:?}", left_behind());
+    });
+}
+
+#[test]
+fn a_change_of_a_file_of_a_cgroup_is_heard() {
+    lab(|_| async move {
+        let dir = Path::new("/sys/fs/cgroup/kvrun/heard");
+        fs::create_dir(dir).unwrap();
+        let mut events = EventFile::open(&dir.join("cgroup.events")).unwrap();
+        let says = |line: &'static str| move |text: &str| text.lines().any(|have| have == line).then_some(());
+        events.until(says("frozen 0")).await.unwrap();
+        // More than once: the first wake-up may be that of the registration.
+        for (value, line) in [("1", "frozen 1"), ("0", "frozen 0"), ("1", "frozen 1")] {
+            let change = async { fs::write(dir.join("cgroup.freeze"), value).unwrap() };
+            let (heard, ()) = tokio::join!(events.until(says(line)), change);
+            heard.unwrap();
+        }
+        fs::remove_dir(dir).unwrap();
+        let gone = events.until(says("frozen 0")).await.unwrap_err();
+        assert_eq!(gone.raw_os_error(), Some(libc::ENODEV));
     });
 }
 

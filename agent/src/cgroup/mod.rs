@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::process::{Pid, Signal};
 
 pub mod device_filter;
+pub mod event_file;
 pub mod freeze;
 pub mod limits;
 pub mod stats;
