@@ -18,7 +18,8 @@ use kvrun_agent_api::agent::{
     GetInfoRequest, GetInfoResponse, ListProcessesResponse, LookAtProcRequest, LookAtProcResponse,
     MountRequest, ProcessInfo, ProcessRequest, ReadLogResponse, RemoveVolumeRequest, ResizeTerminalRequest,
     SetCpusRequest, SetUpNetworkRequest, SetUpSandboxRequest, SignalProcessRequest, Stdio, UnbindSlotRequest,
-    UnmountRequest, UpdateContainerRequest, UpdateVolumeRequest, WaitProcessResponse,
+    UnmountRequest, UpdateContainerRequest, UpdateVolumeRequest, WaitOomKillRequest, WaitOomKillResponse,
+    WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::{Agent, create_agent};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -444,7 +445,28 @@ impl Agent for AgentService {
             End::Exited(code) => response.set_exit_code(code.into()),
             End::Signaled(signal) => response.set_signal(signal.into()),
         }
-        response.oom_killed = exit.oom_killed;
+        response.oom_kills = exit.oom_kills;
+        Ok(response)
+    }
+
+    async fn wait_oom_kill(
+        &self,
+        _: &TtrpcContext,
+        request: WaitOomKillRequest,
+    ) -> ttrpc::Result<WaitOomKillResponse> {
+        let container = self.container(&request.container_id)?;
+        let process = Arc::clone(container.process().map_err(Failure::from)?);
+        let cgroup = container.cgroup().clone();
+        // It may be removed meanwhile.
+        drop(container);
+        let mut response = WaitOomKillResponse::new();
+        response.kills = tokio::select! {
+            biased;
+            () = process.ended() => request.seen,
+            kills = cgroup.more_oom_kills(request.seen) => {
+                kills.map_err(|err| Failure::internal(format!("cannot watch the container's memory.events: {err}")))?
+            }
+        };
         Ok(response)
     }
 

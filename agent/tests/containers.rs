@@ -290,6 +290,32 @@ fn a_change_of_a_file_of_a_cgroup_is_heard() {
 }
 
 #[test]
+fn who_waits_for_an_oom_kill_hears_of_the_end() {
+    lab(|lab| async move {
+        assert_eq!(refusal(lab.wait_oom_kill("c", 0).await).0, Code::NOT_FOUND);
+        lab.create("c", &config("sleep 1000"), stdio(None, None, None)).await.unwrap();
+        lab.start("c").await.unwrap();
+        let mut wait = std::pin::pin!(lab.wait_oom_kill("c", 7));
+        tokio::select! {
+            biased;
+            kills = &mut wait => panic!("{kills:?}"),
+            // The answer to what was asked later.
+            refused = lab.wait_oom_kill("none", 0) => assert_eq!(refusal(refused).0, Code::NOT_FOUND),
+        }
+        let (kills, removed) = tokio::join!(wait, lab.remove("c"));
+        assert_eq!(kills.unwrap(), 7);
+        removed.unwrap();
+        assert_eq!(refusal(lab.wait_oom_kill("c", 0).await).0, Code::NOT_FOUND);
+
+        lab.create("d", &config("exit 0"), stdio(None, None, None)).await.unwrap();
+        lab.start("d").await.unwrap();
+        assert_eq!(lab.wait("d").await, Ended::Exit(0));
+        assert_eq!(lab.wait_oom_kill("d", 0).await.unwrap(), 0);
+        lab.remove("d").await.unwrap();
+    });
+}
+
+#[test]
 fn a_container_is_created_as_its_config_says() {
     lab(|lab| async move {
         let mut config = config(

@@ -7,6 +7,8 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::process::{Pid, Signal};
 
+use self::event_file::EventFile;
+
 pub mod device_filter;
 pub mod event_file;
 pub mod freeze;
@@ -15,6 +17,7 @@ pub mod stats;
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
+const MEMORY_EVENTS: &str = "memory.events";
 
 /// Why a `linux.cgroupsPath` is refused.
 #[derive(Debug, thiserror::Error)]
@@ -89,14 +92,23 @@ impl Cgroup {
         signal_tree(&self.dir(), signal as i32)
     }
 
-    /// Whether the OOM killer has killed any of its processes.
+    /// How many of the processes in it and below the OOM killer has killed. The kernel counts one before it kills it (Linux 6.12 mm/oom_kill.c,
+    /// `__oom_kill_process`), so whoever has been told of its end finds it counted.
     #[must_use]
-    pub fn oom_killed(&self) -> bool {
-        let events = fs::read_to_string(self.dir().join("memory.events")).unwrap_or_default();
-        events
-            .lines()
-            .filter_map(|line| line.strip_prefix("oom_kill "))
-            .any(|count| count.trim().parse::<u64>().is_ok_and(|count| count > 0))
+    pub fn oom_kills(&self) -> u64 {
+        oom_kills(&fs::read_to_string(self.dir().join(MEMORY_EVENTS)).unwrap_or_default())
+    }
+
+    /// Completes when the OOM killer has killed more than `seen`: how many by now. Never, where memory is not counted.
+    ///
+    /// # Errors
+    ///
+    /// `memory.events` cannot be read or watched: `ENODEV` if the cgroup was removed.
+    pub async fn more_oom_kills(&self, seen: u64) -> io::Result<u64> {
+        match EventFile::open(&self.dir().join(MEMORY_EVENTS)) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => std::future::pending().await,
+            events => events?.until(|text| Some(oom_kills(text)).filter(|kills| *kills > seen)).await,
+        }
     }
 
     /// Removes it and what its processes made below it. `EBUSY`: there are processes left.
@@ -121,6 +133,12 @@ impl Cgroup {
     pub fn dir(&self) -> PathBuf {
         Path::new(ROOT).join(&self.path)
     }
+}
+
+/// What `memory.events` says.
+fn oom_kills(text: &str) -> u64 {
+    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
 fn processes_of_tree(dir: &Path, found: &mut Vec<i32>) {
@@ -201,6 +219,13 @@ mod tests {
         cgroup.kill().unwrap();
         cgroup.signal(15).unwrap();
         cgroup.remove().unwrap();
-        assert!(!cgroup.oom_killed());
+        assert_eq!(cgroup.oom_kills(), 0);
+    }
+
+    #[test]
+    fn oom_kills_are_those_of_processes() {
+        // `oom` counts failures to get memory, `oom_group_kill` cgroups.
+        let text = "low 0\nhigh 0\nmax 9\noom 7\noom_kill 3\noom_group_kill 2\n";
+        assert_eq!((oom_kills(text), oom_kills("oom 7\n"), oom_kills("")), (3, 0, 0));
     }
 }

@@ -16,8 +16,8 @@ use crate::stdio::Pumps;
 pub struct Exit {
     /// How it ended.
     pub end: End,
-    /// The OOM killer has killed a process of its container.
-    pub oom_killed: bool,
+    /// How many processes of its container the OOM killer had killed by then.
+    pub oom_kills: u64,
 }
 
 /// A process.
@@ -48,10 +48,10 @@ impl Process {
         tokio::spawn(async move {
             // The reaper lives as long as the agent.
             let Ok(end) = end.await else { return };
-            let oom_killed = cgroup.oom_killed();
+            let oom_kills = cgroup.oom_kills();
             reaped_sender.send_replace(true);
             pumps.finish().await;
-            exit_sender.send_replace(Some(Exit { end, oom_killed }));
+            exit_sender.send_replace(Some(Exit { end, oom_kills }));
         });
         Self { pid, terminal, pidfd, reaped, exit }
     }

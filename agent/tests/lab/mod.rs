@@ -18,7 +18,7 @@ use kvrun_agent::reaper::Reaper;
 use kvrun_agent::service::AgentService;
 use kvrun_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, ProcessRequest, SignalProcessRequest, Stdio,
-    WaitProcessResponse,
+    WaitOomKillRequest, WaitProcessResponse,
 };
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use nix::errno::Errno;
@@ -172,6 +172,13 @@ impl Lab {
         } else {
             Ended::Signal(response.signal())
         }
+    }
+
+    pub(crate) async fn wait_oom_kill(&self, id: &str, seen: u64) -> ttrpc::Result<u64> {
+        let mut request = WaitOomKillRequest::new();
+        request.container_id = id.to_owned();
+        request.seen = seen;
+        Ok(self.agent.wait_oom_kill(self.context(), &request).await?.kills)
     }
 
     pub(crate) async fn signal(&self, id: &str, signal: u32, all: bool) -> ttrpc::Result<()> {

@@ -9,12 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim::protos::api::Status as State;
-use containerd_shim::protos::events::task::{TaskExecStarted, TaskOOM, TaskStart};
+use containerd_shim::protos::events::task::{TaskExecStarted, TaskStart};
 use containerd_shim::protos::types::mount::Mount;
 use kvrun_pod::annotations;
 use kvrun_pod::bundle::{Bundle, Root, Spec};
 use kvrun_pod::config::{Config, Source};
-use kvrun_pod::container::Exit;
 use kvrun_pod::container_id::ContainerId;
 use kvrun_pod::host_process::HostProcess;
 use kvrun_pod::process::Process;
@@ -219,7 +218,8 @@ impl Pod {
             let stand_in = StandIn::start(&machine.vm, task, self.events.clone(), spec);
             return Ok((record, Some(stand_in)));
         }
-        self.make_process(machine, &record, spec, task).await?.put(self, task)?;
+        let (process, streams, opened) = self.make_process(machine, &record, spec, task).await?;
+        task.is_made(process, streams, opened, self.events.clone())?;
         Ok((record, None))
     }
 
@@ -230,11 +230,11 @@ impl Pod {
         record: &Record,
         spec: &Spec,
         task: &Task,
-    ) -> Result<Made, Error> {
+    ) -> Result<(Process, Streams, Opened), Error> {
         let opened = task.open(&self.host.namespace)?;
         let wanted = opened.stdio.wanted();
         let (process, streams) = machine.vm.create_process(&record.id, &record.bundle, spec, wanted).await?;
-        Ok(Made { process, streams, opened })
+        Ok((process, streams, opened))
     }
 
     /// Makes the process of a container for which the machine has stood so far.
@@ -245,14 +245,14 @@ impl Pod {
             return Ok(());
         }
         let task = &container.task;
-        let made = self.make_process(&container.machine, &container.record, &stand_in.spec, task).await?;
+        let (process, streams, opened) =
+            self.make_process(&container.machine, &container.record, &stand_in.spec, task).await?;
         let _changing = task.changing.lock().await;
         if task.status() == State::STOPPED || !stand_in.give_way() {
-            made.process.delete().await;
+            process.delete().await;
             return Err(task.wrong_state("use"));
         }
-        let process = made.process.clone();
-        made.put(self, task)?;
+        task.is_made(process.clone(), streams, opened, self.events.clone())?;
         if task.status() == State::RUNNING {
             process.start().await?;
         }
@@ -323,7 +323,7 @@ impl Pod {
         let name = self.execs.fetch_add(1, Ordering::Relaxed).to_string();
         let vm = &container.machine.vm;
         let (process, streams) = vm.exec(&container.id, name, &exec.process, opened.stdio.wanted()).await?;
-        task.is_made(process, streams, opened, self.events.clone(), |_| ())?;
+        task.is_made(process, streams, opened, self.events.clone())?;
         task.set_started();
         self.events.publish(TaskExecStarted {
             container_id: task.container.clone(),
@@ -382,26 +382,6 @@ impl Pod {
             machine.vm.clone().shutdown().await;
         }
         lock(&self.containers).clear();
-    }
-}
-
-/// A process that was made in the guest, with what is open for it on the host.
-struct Made {
-    process: Process,
-    streams: Streams,
-    opened: Opened,
-}
-
-impl Made {
-    /// Has it be that of a container.
-    fn put(self, pod: &Pod, task: &Arc<Task>) -> Result<(), Error> {
-        let (events, container) = (pod.events.clone(), task.container.clone());
-        let oom = move |exit: &Exit| {
-            if exit.oom_killed {
-                events.publish(TaskOOM { container_id: container, ..Default::default() });
-            }
-        };
-        task.is_made(self.process, self.streams, self.opened, pod.events.clone(), oom)
     }
 }
 

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use containerd_shim::protos::api::Status;
-use containerd_shim::protos::events::task::TaskExit;
+use containerd_shim::protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use kvrun_pod::container::{Exit, ExitState};
@@ -126,24 +126,30 @@ impl Task {
         self.names.open(Owner { namespace, id: &self.container })
     }
 
-    /// It is in the guest: copies its streams, and tells of its end when it has come, and of that of its start before.
+    /// It is in the guest: copies its streams, and tells of its end when it has come, after that of its start; and, if it is a container's own, when processes
+    /// of the container are killed for want of memory.
     pub(crate) fn is_made(
         self: &Arc<Self>,
         process: Process,
         streams: Streams,
         opened: Opened,
         events: Events,
-        on_end: impl FnOnce(&Exit) + Send + 'static,
     ) -> Result<(), Error> {
         let copying = Copying::start(opened.stdio, streams)?;
         *lock(&self.streams) = Open { copying: Some(copying), input: opened.input, logger: opened.logger };
         *lock(&self.process) = Some(process.clone());
         let task = Arc::clone(self);
         tokio::spawn(async move {
-            let exit = process.wait().await;
-            // Its start is told first, by whoever holds this.
+            // Its start is told first, by whoever holds `changing`.
+            let oom = || async {
+                let _changing = task.changing.lock().await;
+                events.publish(TaskOOM { container_id: task.container.clone(), ..Default::default() });
+            };
+            let exit = match process.is_containers_own() {
+                true => process.wait_and_tell_kills(oom).await,
+                false => process.wait().await,
+            };
             let _changing = task.changing.lock().await;
-            on_end(&exit);
             task.has_ended(&exit, &events);
         });
         Ok(())

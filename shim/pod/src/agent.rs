@@ -467,12 +467,12 @@ impl Agent {
         self.bounded("change the limits", REQUEST_TIMEOUT, call).await.map(drop)
     }
 
-    /// Waits for the end of a process, the container's own if `exec_id` is empty, without a bound; also tells whether the guest's kernel killed a process at the
-    /// memory limit.
+    /// Waits for the end of a process, the container's own if `exec_id` is empty, without a bound; also tells how many processes of the container the guest's
+    /// OOM killer had killed by then.
     ///
     /// # Errors
     /// [`AgentError`], never [`AgentError::Timeout`].
-    pub async fn wait(&self, id: &ContainerId, exec_id: &str) -> Result<(ProcessEnd, bool), AgentError> {
+    pub async fn wait(&self, id: &ContainerId, exec_id: &str) -> Result<(ProcessEnd, u64), AgentError> {
         const WHAT: &str = "wait for the container";
         let request = api::ProcessRequest {
             container_id: id.to_string(),
@@ -489,7 +489,19 @@ impl Agent {
             }
             _ => return Err(AgentError::Senseless { what: WHAT }),
         };
-        Ok((end, answer.oom_killed))
+        Ok((end, answer.oom_kills))
+    }
+
+    /// Waits, without a bound, until the guest's OOM killer has killed more than `seen` processes of a container, and tells how many by now. `None`: the
+    /// container's own process has ended, or the agent has another reason to tell nothing new.
+    ///
+    /// # Errors
+    /// [`AgentError`], never [`AgentError::Timeout`].
+    pub async fn more_oom_kills(&self, id: &ContainerId, seen: u64) -> Result<Option<u64>, AgentError> {
+        let request = api::WaitOomKillRequest { container_id: id.to_string(), seen, ..Default::default() };
+        let answer = self.client.wait_oom_kill(Context::default(), &request).await;
+        let kills = answer.map_err(|e| failure("watch for OOM kills", e))?.kills;
+        Ok(Some(kills).filter(|kills| *kills > seen))
     }
 
     /// Sends a signal to a process, or to all processes of the container.

@@ -1,10 +1,11 @@
 //! A process in a running machine: a container's own, or a further one in a container.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::agent::{AgentError, ProcessEnd};
 use crate::container::{Exit, ExitState, VmDeath};
@@ -22,6 +23,8 @@ const KILL_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long the guest may take to remove a container whose processes it has killed, after which the machine is ended. Longer than the other bounds, because
 /// nobody waits for it, and other containers may be in the machine.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(15);
+/// OOM kills of a container are told once in this time, however many there are: so a guest that invents them costs the host next to nothing.
+const KILLS_PACE: Duration = Duration::from_secs(1);
 
 /// A process. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -64,17 +67,58 @@ impl Process {
 
     /// Waits until it has ended; some of its output may still be on the way. Cancel-safe.
     pub async fn wait(&self) -> Exit {
-        let died = |death| Exit { state: ExitState::VmDied(death), oom_killed: false };
-        match self.pod.or_death(self.pod.agent.wait(&self.id, &self.exec_id)).await {
-            Ok((ProcessEnd::Exited(code), oom_killed)) => Exit { state: ExitState::Exited(code), oom_killed },
-            Ok((ProcessEnd::Signaled(signal), oom_killed)) => {
-                Exit { state: ExitState::Signaled(signal), oom_killed }
+        let (state, oom_kills) = self.end().await;
+        Exit { state, oom_killed: oom_kills > 0 }
+    }
+
+    /// As [`Process::wait`] of a container's own process, and does `tell` when processes of the container have been killed for want of memory since it was done
+    /// last. The first time at once, again no sooner than a second later; and before this returns, if there is something left to tell.
+    pub async fn wait_and_tell_kills<F: Future<Output = ()>>(&self, mut tell: impl FnMut() -> F) -> Exit {
+        let mut told = 0;
+        let (state, oom_kills) = tokio::select! {
+            biased;
+            end = self.end() => end,
+            never = self.tell_kills(&mut told, &mut tell) => match never {},
+        };
+        if oom_kills > told {
+            tell().await;
+        }
+        Exit { state, oom_killed: oom_kills > 0 }
+    }
+
+    async fn tell_kills<F: Future<Output = ()>>(
+        &self,
+        told: &mut u64,
+        tell: &mut impl FnMut() -> F,
+    ) -> Infallible {
+        loop {
+            match self.pod.agent.more_oom_kills(&self.id, *told).await {
+                Ok(Some(kills)) => {
+                    tell().await;
+                    *told = kills;
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::debug!(id = %self.id, error = %text::chain(&error), "watch for OOM kills");
+                    break;
+                }
             }
-            Err(PodError::Died(end)) => died(VmDeath::Died(end)),
+            sleep(KILLS_PACE).await;
+        }
+        // What else there is comes with the end.
+        std::future::pending().await
+    }
+
+    /// How it has ended, and how many processes of its container the OOM killer had killed by then.
+    async fn end(&self) -> (ExitState, u64) {
+        match self.pod.or_death(self.pod.agent.wait(&self.id, &self.exec_id)).await {
+            Ok((ProcessEnd::Exited(code), oom_kills)) => (ExitState::Exited(code), oom_kills),
+            Ok((ProcessEnd::Signaled(signal), oom_kills)) => (ExitState::Signaled(signal), oom_kills),
+            Err(PodError::Died(end)) => (ExitState::VmDied(VmDeath::Died(end)), 0),
             Err(error) => {
                 let why = text::chain(&error);
                 self.pod.vmm.kill("the agent in the guest was lost").await;
-                died(VmDeath::AgentLost(why))
+                (ExitState::VmDied(VmDeath::AgentLost(why)), 0)
             }
         }
     }

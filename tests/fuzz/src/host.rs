@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use kvrun_agent_api::agent::{
     BindSlotRequest, ContainerRequest, CreateContainerRequest, Empty, ForgetRequest, GetInfoRequest,
-    LookAtProcRequest, ProcessRequest,
+    LookAtProcRequest, ProcessRequest, WaitOomKillRequest,
 };
 use kvrun_agent_api::agent_ttrpc::AgentClient;
 use kvrun_pod::bundle::Bundle;
@@ -125,7 +125,7 @@ pub(crate) fn agent(data: &[u8]) -> Corpus {
                 let _ = tokio::join!(client.$call(context, &request), end);
             }};
         }
-        match (kind >> 1) % 9 {
+        match (kind >> 1) % 10 {
             0 => ask!(get_info, GetInfoRequest),
             1 => ask!(wait_process, ProcessRequest),
             2 => ask!(read_log, Empty),
@@ -135,7 +135,8 @@ pub(crate) fn agent(data: &[u8]) -> Corpus {
             6 => ask!(look_at_proc, LookAtProcRequest),
             7 => ask!(container_stats, ContainerRequest),
             // All others are answered by the same.
-            _ => ask!(forget, ForgetRequest),
+            8 => ask!(forget, ForgetRequest),
+            _ => ask!(wait_oom_kill, WaitOomKillRequest),
         }
     });
     Corpus::Keep

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Mutex;
 use std::thread;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -37,6 +38,8 @@ pub(crate) enum Program {
     Panic,
     /// Takes no signal and never ends.
     Hang,
+    /// Waits for a signal, while ever more of its children are killed for want of memory: so the agent says.
+    Hungry,
 }
 
 /// How large the fake guest is asked to be, and whether it obeys.
@@ -66,6 +69,8 @@ struct FakeAgent {
     end: watch::Sender<Option<api::WaitProcessResponse>>,
     panic: std::sync::mpsc::Sender<()>,
     left_open: Mutex<Vec<StdUnixStream>>,
+    /// How many killed processes it has told of.
+    kills: AtomicU64,
     extent: Arc<Mutex<Extent>>,
     volumes: Volumes,
 }
@@ -224,7 +229,7 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
                 self.end.send_replace(exited(0));
             }
             Program::Panic => self.panic.send(()).unwrap(),
-            Program::Sleep | Program::Missing | Program::Hang => {}
+            Program::Sleep | Program::Missing | Program::Hang | Program::Hungry => {}
         }
         Ok(api::Empty::new())
     }
@@ -239,6 +244,21 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         Ok(end.unwrap())
     }
 
+    async fn wait_oom_kill(
+        &self,
+        _: &TtrpcContext,
+        request: api::WaitOomKillRequest,
+    ) -> ttrpc::Result<api::WaitOomKillResponse> {
+        let mut response = api::WaitOomKillResponse::new();
+        if self.program == Program::Hungry {
+            response.kills = self.kills.fetch_add(1, Ordering::Relaxed) + 1;
+            return Ok(response);
+        }
+        let _ = self.end.subscribe().wait_for(Option::is_some).await;
+        response.kills = request.seen;
+        Ok(response)
+    }
+
     async fn signal_process(
         &self,
         _: &TtrpcContext,
@@ -249,7 +269,8 @@ impl kvrun_agent_api::agent_ttrpc::Agent for FakeAgent {
         }
         let mut response = api::WaitProcessResponse::new();
         response.set_signal(request.signal);
-        response.oom_killed = true;
+        // Each request is made for what the one before has told.
+        response.oom_kills = self.kills.load(Ordering::Relaxed).max(1);
         self.end.send_replace(Some(response));
         Ok(api::Empty::new())
     }
@@ -310,6 +331,7 @@ pub(crate) fn guest_with_volumes(
             end: watch::Sender::new(None),
             panic,
             left_open: Mutex::default(),
+            kills: AtomicU64::new(0),
             extent: Arc::clone(&extent),
             volumes,
         };
@@ -474,6 +496,44 @@ fn signal_ends_the_container_and_oom_is_told() {
         let exit = container.wait().await;
         assert_eq!(exit.state.code(), 128 + 15);
         assert!(exit.oom_killed);
+    });
+}
+
+/// Waits for the end of a container that gets a signal when kills have been told so often; how often they were told by the end, and how long that took.
+async fn kills_until(program: Program, times: usize) -> (usize, Duration) {
+    let pod = boot(guest(program)).await.unwrap();
+    let container = pod.create(&id(), &Spec::default(), Stdio::default()).await.unwrap();
+    container.start().await.unwrap();
+    let told = watch::Sender::new(0);
+    let begun = Instant::now();
+    let end = container.process().wait_and_tell_kills(|| async { told.send_modify(|told| *told += 1) });
+    let kill = async {
+        told.subscribe().wait_for(|told| *told == times).await.unwrap();
+        container.kill(libc::SIGTERM, false).await.unwrap();
+    };
+    let (exit, ()) = tokio::join!(end, kill);
+    assert!(exit.oom_killed);
+    assert_eq!(exit.state.code(), 128 + 15);
+    let told = *told.borrow();
+    (told, begun.elapsed())
+}
+
+#[test]
+fn oom_kill_is_told_before_the_end_and_once() {
+    run(async {
+        let (told, _) = kills_until(Program::Sleep, 0).await;
+        assert_eq!(told, 1, "the one of the end");
+        let (told, _) = kills_until(Program::Hungry, 1).await;
+        assert_eq!(told, 1, "the end has no other one");
+    });
+}
+
+#[test]
+fn guest_that_invents_oom_kills_is_listened_to_once_a_second() {
+    run(async {
+        let (told, took) = kills_until(Program::Hungry, 3).await;
+        assert_eq!(told, 3);
+        assert!(took >= Duration::from_secs(2), "{took:?}");
     });
 }
 

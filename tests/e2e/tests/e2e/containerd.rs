@@ -25,6 +25,7 @@ pub(crate) const CASES: &[Case] = cases![
     client_comes_and_goes_while_the_output_waits,
     child_that_keeps_output_open_holds_nobody_up,
     task_is_used_by_every_call_and_its_events_are_in_order,
+    oom_kill_is_an_event_when_it_happens,
     signals_reach_one_process_or_all,
     task_that_is_killed_with_its_machine_or_shim_leaves_nothing,
     task_outlives_containerd,
@@ -337,6 +338,42 @@ fn events_tell_what_has_happened(seen: &str, id: &str) -> Result<()> {
     }
     ensure!(pid.is_some(), "{seen}");
     Ok(())
+}
+
+fn oom_kill_is_an_event_when_it_happens(t: &Test) -> Result<()> {
+    let containerd = Containerd::new(t)?;
+    let events = containerd.start(&["events"])?;
+    let id = t.id();
+    // A child of the container's process, and then that itself.
+    let script = "echo up; read line; dd if=/dev/zero of=/dev/null bs=100M count=1; echo over; read line; \
+        exec dd if=/dev/zero of=/dev/null bs=100M count=1";
+    let limit = ["--rm", "--memory-limit", "33554432"];
+    let mut started = containerd.start(&run(&limit, id, &["sh", "-c", script]))?;
+    let mut stdin = started.stdin.take().context("no stdin")?;
+    started.until("up\n")?;
+    stdin.write_all(b"go\n")?;
+    events.until("/tasks/oom")?;
+    started.until("over\n")?;
+    let list = containerd.ctr(&["task", "list"])?.exited(0).text();
+    ensure!(list.lines().any(|line| line.starts_with(id) && line.ends_with("RUNNING")), "{list}");
+    stdin.write_all(b"go\n")?;
+    started.wait()?.exited(137);
+
+    events.until("/tasks/delete")?;
+    events.signal(Signal::TERM)?;
+    let seen = events.stdout.text();
+    let topics: Vec<&str> = seen
+        .lines()
+        .filter_map(|line| line.split_whitespace().find_map(|word| word.strip_prefix("/tasks/")))
+        .collect();
+    ensure!(topics == ["create", "start", "oom", "oom", "exit", "delete"], "{topics:?}: {seen}");
+    for line in seen.lines().filter(|line| line.contains("/tasks/oom")) {
+        let (_, payload) = line.split_once(" {").context("no payload")?;
+        let payload: Value = serde_json::from_str(&format!("{{{payload}")).context(line.to_owned())?;
+        ensure!(payload["container_id"] == id, "{line}");
+    }
+    drop(events);
+    containerd.end()
 }
 
 /// `ctr task kill` of one further process, and of all there is.
