@@ -1,4 +1,4 @@
-//! Block devices of this host: loop devices over files.
+//! Block devices of this host: loop devices over files, and what is on them.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -7,6 +7,17 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{major, minor};
+
+/// Makes a file with an ext4 of so many MiB, all of it for everybody.
+///
+/// # Errors
+/// When the host has no `mkfs.ext4`, or no room.
+pub fn ext4(file: &Path, mib: u32) -> Result<()> {
+    let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(file).arg(format!("{mib}m")).status();
+    let made = made.context("mkfs.ext4")?;
+    ensure!(made.success(), "mkfs.ext4: {made}");
+    Ok(())
+}
 
 /// A loop device, gone when dropped.
 #[derive(Debug)]

@@ -69,11 +69,23 @@ impl<'a> Cri<'a> {
         Self::of(test, &INSTALLED)
     }
 
+    /// As [`Cri::new`], with more configuration.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn with_config(test: &'a Test, config: &str) -> Result<Self> {
+        Self::with(test, &INSTALLED, config)
+    }
+
     /// As [`Cri::new`], of another release.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn of(test: &'a Test, release: &'static Release) -> Result<Self> {
+        Self::with(test, release, "")
+    }
+
+    fn with(test: &'a Test, release: &'static Release, config: &str) -> Result<Self> {
         netns::run("ip link set lo up")?;
         let dir = test.scratch().join("cni");
         fs::create_dir_all(links(test))?;
@@ -86,7 +98,7 @@ impl<'a> Cri<'a> {
         ]});
         fs::write(dir.join("pods.conflist"), list.to_string())?;
         let cri = release.cri(HANDLER, PLUGINS, &dir, (LINKS, &links(test)));
-        let containerd = Containerd::with_cri(test, release, &cri)?;
+        let containerd = Containerd::with_cri(test, release, &(cri + config))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix://{}", containerd.socket().display());
         let channel = runtime.block_on(async { Endpoint::new(address)?.connect().await })?;
@@ -143,7 +155,8 @@ impl<'a> Cri<'a> {
         Ok(fs::write(links(self.test).join(format!("{number}.conflist")), list.to_string())?)
     }
 
-    /// As [`Cri::run_pod`], by a runtime of containerd's configuration: [`HANDLER`], [`LINKS`], or `runc`, which is always there.
+    /// As [`Cri::run_pod`], by a runtime of containerd's configuration: [`HANDLER`], [`LINKS`], one that was added, or `runc`, which is
+    /// always there.
     ///
     /// # Errors
     /// What containerd says.

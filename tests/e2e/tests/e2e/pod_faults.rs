@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,9 @@ use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
 use kvrun_e2e::containerd::SHIM;
 use kvrun_e2e::cri::{Cri, Pod, cgroup, processes, script};
+use kvrun_e2e::loop_device::{Loop, ext4};
 use kvrun_e2e::{Case, Test, cases, time};
+use rustix::fs::statvfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, unmount};
 use rustix::process::{Signal, pidfd_send_signal};
@@ -28,6 +31,7 @@ pub(crate) const CASES: &[Case] = cases![
     process_of_a_container_is_killed_at_each_step,
     guest_hangs_with_its_machine_or_alone,
     state_directory_is_full,
+    disk_of_containers_is_full,
     memory_runs_out_on_the_host_and_in_the_guest,
 ];
 
@@ -494,6 +498,17 @@ fn guest_hangs_with_its_machine_or_alone(t: &Test) -> Result<()> {
     cri.end()
 }
 
+const NO_SPACE: &str = "No space left on device";
+
+/// It is refused, and not only the log of containerd, which follows in the error, has the reason.
+fn says_that_there_is_no_space<T>(answer: Result<T>) -> Result<()> {
+    let error = format!("{:#}", answer.err().context("it was not refused")?);
+    let answer = error.lines().next().unwrap_or_default();
+    // In Go it begins with a small letter.
+    ensure!(answer.to_lowercase().contains(&NO_SPACE.to_lowercase()), "{error}");
+    Ok(())
+}
+
 fn state_directory_is_full(t: &Test) -> Result<()> {
     let cri = Cri::new(t)?;
     let dir = Path::new("/run/kvrun/containerd");
@@ -501,14 +516,73 @@ fn state_directory_is_full(t: &Test) -> Result<()> {
     // No room for a directory, or for what is in it.
     for (name, room) in [("directory", c"nr_inodes=1"), ("file", c"nr_inodes=3"), ("bytes", c"size=4k")] {
         mount_fs("none", dir, "tmpfs", MountFlags::empty(), room)?;
-        let error =
-            cri.run_pod(cri.pod_config(name)).err().with_context(|| format!("a pod without a {name}"))?;
-        ensure!(format!("{error:#}").contains("No space left on device"), "{name}: {error:#}");
+        says_that_there_is_no_space(cri.run_pod(cri.pod_config(name))).context(name)?;
         nothing_is_left(&cri).context(name)?;
         unmount(dir, UnmountFlags::empty())?;
     }
     next_pod_starts(&cri)?;
     cri.end()
+}
+
+/// Leaves no room on the disk on which the file is that comes after it.
+const FILL: &str = "cat /dev/zero > ";
+
+fn disk_of_containers_is_full(t: &Test) -> Result<()> {
+    // A disk for what containers write, and for volumes, as a node has it. What containerd writes itself is not there.
+    let (image, disk, snapshotter) =
+        (t.scratch().join("disk.ext4"), t.scratch().join("disk"), t.scratch().join("overlayfs"));
+    ext4(&image, 24)?;
+    let device = Loop::over(&image)?;
+    fs::create_dir(&disk)?;
+    mount_fs(device.path(), &disk, "ext4", MountFlags::empty(), None)?;
+    let volume = disk.join("volume");
+    for dir in [&volume, &disk.join("snapshots"), &snapshotter] {
+        fs::create_dir(dir)?;
+    }
+    symlink(disk.join("snapshots"), snapshotter.join("snapshots"))?;
+    let config = format!("[plugins.'io.containerd.snapshotter.v1.overlayfs']\nroot_path = {snapshotter:?}\n");
+    let cri = Cri::with_config(t, &config)?;
+    let with_volume = |name: &str, text: &str, path: &str| {
+        let mut config = script(name, text);
+        config.mounts.push(mount(&volume, path, false));
+        config
+    };
+
+    let pod = cri.run_pod(cri.pod_config("full"))?;
+    let other = pod.start(with_volume("other", SLEEP, "/volume"))?;
+    let late = pod.create(with_volume("late", SLEEP, "/made/for/it"))?;
+    let writer = pod.start(script("writer", &format!("{FILL} /file; exit 5")))?;
+    let ended = pod.wait(&writer)?;
+    ensure!(ended.exit_code == 5 && ended.reason == "Error", "{ended:?}");
+    ensure!(pod.log("writer")?.contains(NO_SPACE), "{}", pod.log("writer")?);
+    let fill_volume = || -> Result<()> {
+        let finished = pod.exec(&other, &format!("{FILL} /volume/file"))?;
+        ensure!(finished.code == 1 && finished.stderr.contains(NO_SPACE), "{finished:?}");
+        Ok(())
+    };
+    fill_volume()?;
+    // Nothing more is made, by us or by containerd, which made the directories of the first one while there was room.
+    says_that_there_is_no_space(pod.start_created(&late)).context("a container without mount points")?;
+    says_that_there_is_no_space(pod.create(script("later", SLEEP))).context("a container without files")?;
+    ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady, "the pod goes on");
+    ensure!(pod.sh(&other, "echo fine")? == "fine\n");
+
+    // Once there is room, the rest of the pod is as if nothing had been.
+    for container in [&late, &writer] {
+        pod.remove_container(container)?;
+    }
+    let room = || -> Result<u64> { Ok(statvfs(&disk).map(|disk| disk.f_bavail * disk.f_frsize)?) };
+    time::until_within(SOON, "there is room again", || room().map(|bytes| bytes > 8 << 20))
+        .with_context(|| format!("{:?} bytes", room()))?;
+    let again = pod.start(with_volume("again", SLEEP, "/made/for/it"))?;
+    ensure!(pod.sh(&again, "echo written > /made/for/it/file; cat /made/for/it/file")? == "written\n");
+    fill_volume()?;
+    pod.remove()?;
+    nothing_stays(&cri)?;
+    fs::remove_file(volume.join("file"))?;
+    next_pod_starts(&cri)?;
+    cri.end()?;
+    Ok(unmount(&disk, UnmountFlags::empty())?)
 }
 
 fn memory_runs_out_on_the_host_and_in_the_guest(t: &Test) -> Result<()> {
