@@ -91,6 +91,14 @@ impl Release {
     }
 }
 
+/// The configuration of a further runtime of [`INSTALLED`] that is us, whose pods have their root file systems from another snapshotter.
+pub fn runtime_on(snapshotter: &str, handler: &str) -> String {
+    format!(
+        "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]\nruntime_type = \"{RUNTIME}\"\n\
+         snapshotter = \"{snapshotter}\"\n"
+    )
+}
+
 /// A containerd that runs.
 #[derive(Debug)]
 pub struct Containerd<'a> {

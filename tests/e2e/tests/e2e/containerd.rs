@@ -3,10 +3,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
+use kvrun_e2e::loop_device::ext4;
 use kvrun_e2e::{Case, Terminal, Test, cases, process, time};
 use kvrun_pod::pod::{SHARE_SLOT, SLOTS};
 use rustix::process::{Signal, pidfd_send_signal};
@@ -39,7 +41,8 @@ pub(crate) const CASES: &[Case] = cases![
 /// An image of several layers.
 const LAYERED: &str = "localhost/layered:latest";
 /// That the guest has them.
-const IN_LAYERS: &str = "grep -q '^overlay / overlay rw,.*lowerdir=/run/kvrun/layers/' /proc/mounts";
+pub(crate) const IN_LAYERS: &str =
+    "grep -q '^overlay / overlay rw,.*lowerdir=/run/kvrun/layers/' /proc/mounts";
 
 /// The arguments of `ctr run`.
 fn run<'a>(flags: &[&'a str], id: &'a str, args: &[&'a str]) -> Vec<&'a str> {
@@ -472,15 +475,19 @@ fn pod_is_on_the_network_of_its_namespace(t: &Test) -> Result<()> {
     containerd.end()
 }
 
-fn root_file_system_is_on_a_disk(t: &Test) -> Result<()> {
-    let (empty, disks) = (t.scratch().join("empty.ext4"), t.scratch().join("blockfile"));
-    let made = Command::new("mkfs.ext4").arg("-q").arg(&empty).arg("24m").status().context("mkfs.ext4")?;
-    ensure!(made.success(), "mkfs.ext4: {made}");
-    let config = format!(
+/// The configuration of a snapshotter that has file systems in files, in such a directory.
+pub(crate) fn blockfile(t: &Test, disks: &Path) -> Result<String> {
+    let empty = t.scratch().join("empty.ext4");
+    ext4(&empty, 24)?;
+    Ok(format!(
         "[plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = {disks:?}\nscratch_file = {empty:?}\n\
          fs_type = \"ext4\"\nmount_options = [\"loop\"]\n"
-    );
-    let containerd = Containerd::with_config(t, &config)?;
+    ))
+}
+
+fn root_file_system_is_on_a_disk(t: &Test) -> Result<()> {
+    let disks = t.scratch().join("blockfile");
+    let containerd = Containerd::with_config(t, &blockfile(t, &disks)?)?;
     let volume = t.scratch().join("volume");
     fs::create_dir(&volume)?;
     let bind = format!("type=bind,src={},dst=/made/for/it,options=rbind", volume.display());
@@ -516,14 +523,16 @@ fn root_file_system_is_on_a_disk(t: &Test) -> Result<()> {
     containerd.end()
 }
 
-/// A containerd with the EROFS snapshotter.
-fn with_erofs(t: &Test) -> Result<Containerd<'_>> {
+/// The configuration of the EROFS snapshotter, on a host that is made to know that file system.
+pub(crate) fn erofs() -> Result<&'static str> {
     let loaded = Command::new("modprobe").arg("erofs").status().context("modprobe")?;
     ensure!(loaded.success(), "modprobe erofs: {loaded}");
-    Containerd::with_config(
-        t,
-        "[plugins.'io.containerd.service.v1.diff-service']\ndefault = ['erofs', 'walking']\n",
-    )
+    Ok("[plugins.'io.containerd.service.v1.diff-service']\ndefault = ['erofs', 'walking']\n")
+}
+
+/// A containerd with the EROFS snapshotter.
+fn with_erofs(t: &Test) -> Result<Containerd<'_>> {
+    Containerd::with_config(t, erofs()?)
 }
 
 /// The arguments of `ctr run` for [`LAYERED`].
@@ -532,9 +541,11 @@ fn run_layered<'a>(flags: &[&'a str], id: &'a str, script: &'a str) -> Vec<&'a s
     [&run[..], flags, &[LAYERED, id, "sh", "-c", script]].concat()
 }
 
-/// Has containerd forget [`LAYERED`], and all layers of it: as long as they are there, nobody can remove them.
-fn forget_layers(containerd: &Containerd<'_>) -> Result<()> {
-    containerd.ctr(&["image", "rm", "--sync", LAYERED])?.exited(0);
+/// Has containerd forget all images, and so what the EROFS snapshotter has of them: it leaves them mounted as long as they are there.
+pub(crate) fn forget_layers(containerd: &Containerd<'_>) -> Result<()> {
+    let images = containerd.ctr(&["image", "list", "--quiet"])?.exited(0).text();
+    let remove: Vec<&str> = ["image", "rm", "--sync"].into_iter().chain(images.lines()).collect();
+    containerd.ctr(&remove)?.exited(0);
     let left = containerd.ctr(&["snapshot", "--snapshotter", "erofs", "list"])?.exited(0).text();
     ensure!(left.lines().count() == 1, "{left}");
     Ok(())

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use k8s_cri::v1::NamespaceMode as Mode;
-use kvrun_e2e::containerd::{EMPTY, IMAGE, INSTALLED, OLDER, RUNTIME, Release, SHIM};
+use kvrun_e2e::containerd::{EMPTY, IMAGE, INSTALLED, OLDER, RUNTIME, Release, SHIM, runtime_on};
 use kvrun_e2e::cri::stream::{STATUS, STDIN, STDOUT, Stream};
 use kvrun_e2e::cri::{Cri, HOST, LINKS, Pod, processes, script};
 use kvrun_e2e::guest::{GUEST_SIZE, guest_size};
@@ -21,6 +21,7 @@ use kvrun_e2e::{Case, Test, cases, time};
 use rustix::mount::{MountFlags, UnmountFlags, unmount};
 use serde_json::json;
 
+use crate::containerd::{IN_LAYERS, blockfile, erofs, forget_layers};
 use crate::engines::is_served;
 use crate::pod_faults::{is_not_ready, nothing_is_left};
 use crate::vm::fs::program;
@@ -34,6 +35,7 @@ pub(crate) const CASES: &[Case] = cases![
     pod_is_on_links_of_every_kind_of_cni,
     volumes_are_seen_as_they_change,
     changes_of_volumes_that_a_kubelet_keeps_are_heard,
+    root_file_systems_are_of_the_snapshotter_of_a_runtime,
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     classes_of_service_are_as_the_kubelet_says,
@@ -707,6 +709,39 @@ fn changes_of_volumes_that_a_kubelet_keeps_are_heard(t: &Test) -> Result<()> {
     ensure!(pod.sh(&again, "echo fine")? == "fine\n");
     pod.remove()?;
     nothing_is_left(&cri)?;
+    cri.end()
+}
+
+/// The snapshotter is a setting of the runtime, which a RuntimeClass names.
+fn root_file_systems_are_of_the_snapshotter_of_a_runtime(t: &Test) -> Result<()> {
+    const SNAPSHOTTERS: [(&str, &str); 2] =
+        [("blockfile", "grep -q '^/dev/vd[a-z]* / ext4 rw' /proc/mounts"), ("erofs", IN_LAYERS)];
+    let runtimes = SNAPSHOTTERS.map(|(snapshotter, _)| runtime_on(snapshotter, snapshotter));
+    let config = blockfile(t, &t.scratch().join("blockfile"))? + erofs()? + &runtimes.concat();
+    let cri = Cri::with_config(t, &config)?;
+    for (snapshotter, is_on_it) in SNAPSHOTTERS {
+        let pod = cri.run_pod_by(snapshotter, cri.pod_config(snapshotter))?;
+        let neighbour = pod.start(script("neighbour", SLEEP))?;
+        // Restarted, it has the files of its image again.
+        let text = format!(
+            "{is_on_it} || exec cat /proc/mounts; ls /written; rm /etc/group
+            head -c 1000000 /dev/urandom > /written && sha256sum /written > /sum && sync && sha256sum -c /sum; exit 3"
+        );
+        for attempt in 0..2 {
+            let mut config = script("main", &text);
+            config.metadata = Some(api::ContainerMetadata { name: "main".to_owned(), attempt });
+            let id = pod.start(config)?;
+            let ended = pod.wait(&id)?;
+            ensure!(ended.exit_code == 3, "{snapshotter}: {ended:?}: {}", pod.log("main")?);
+            pod.remove_container(&id)?;
+        }
+        let once = "ls: /written: No such file or directory\n/written: OK\n";
+        ensure!(pod.log("main")? == once.repeat(2), "{snapshotter}: {}", pod.log("main")?);
+        ensure!(pod.sh(&neighbour, "ls /etc")? == "group\nhostname\nhosts\npasswd\nresolv.conf\n");
+        pod.remove()?;
+        nothing_is_left(&cri).context(snapshotter)?;
+    }
+    forget_layers(cri.containerd())?;
     cri.end()
 }
 
