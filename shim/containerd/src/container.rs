@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use containerd_shim::protos::api::Status as State;
 use kvrun_pod::bundle::{Bundle, LinuxResources, Process as OciProcess, check_process};
 use kvrun_pod::container_id::ContainerId;
+use kvrun_pod::pod::PodError;
 use kvrun_pod::record::Record;
 use kvrun_pod::share::Place;
 use kvrun_pod::text;
@@ -109,8 +110,10 @@ impl Container {
             return if stand_in.signal(signal) { Ok(()) } else { Err(self.finished()) };
         }
         match task.process()?.kill(signal, all).await {
-            // It has ended meanwhile.
-            Err(_) if task.ended().is_some() => Err(self.finished()),
+            // It has ended meanwhile, or with its machine, which the task may be about to hear.
+            Err(error) if task.ended().is_some() || matches!(error, PodError::Died(_)) => {
+                Err(self.finished())
+            }
             result => Ok(result?),
         }
     }
