@@ -39,6 +39,7 @@ pub(crate) const CASES: &[Case] = cases![
     raw_block_volume_is_a_disk_of_the_containers_that_have_it,
     security_context_holds,
     classes_of_service_are_as_the_kubelet_says,
+    pod_is_as_its_runtime_its_annotations_and_its_slice_say,
     limits_hold_and_can_be_changed,
     machine_grows_and_shrinks_with_what_its_containers_ask_for,
 ];
@@ -913,6 +914,43 @@ fn classes_of_service_are_as_the_kubelet_says(t: &Test) -> Result<()> {
         ensure!(memory > 0 && cpu > 0, "{memory} bytes, {cpu} ns");
         pod.remove()?;
     }
+    cri.end()
+}
+
+fn pod_is_as_its_runtime_its_annotations_and_its_slice_say(t: &Test) -> Result<()> {
+    let settings = t.scratch().join("sized.toml");
+    fs::write(&settings, "[machine]\nmemory_mib = 300\n[annotations]\nallowed = [\"io.kvrun.vcpus\"]\n")?;
+    let runtime = format!(
+        "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.sized]\nruntime_type = \"{RUNTIME}\"\n\
+         pod_annotations = [\"io.kvrun.*\"]\noptions = {{ ConfigPath = \"{}\" }}\n",
+        settings.display()
+    );
+    let cri = Cri::with_config(t, &runtime)?;
+    // That of a kubelet that leaves cgroups to systemd. It makes the slice before the pod.
+    let slice = format!("{}.slice", t.id().replace('-', "_"));
+    let dir = Path::new("/sys/fs/cgroup").join(&slice);
+    fs::create_dir(&dir)?;
+    let sized = |name: &str, annotation: &str| -> Result<api::PodSandboxConfig> {
+        let mut config = cri.pod_config(name);
+        config.linux.as_mut().context("none")?.cgroup_parent = format!("/{slice}");
+        config.annotations = [(annotation.to_owned(), "2".to_owned())].into();
+        Ok(config)
+    };
+    let pod = cri.run_pod_by("sized", sized("sized", "io.kvrun.vcpus")?)?;
+    let id = pod.start(script("main", SLEEP))?;
+    let (cpus, mib) = guest_size(&pod.sh(&id, GUEST_SIZE)?)?;
+    ensure!(cpus == 2 && (200..300).contains(&mib), "{cpus} CPUs, {mib} MiB");
+    let scope = format!("/{slice}/cri-containerd-{}.scope", pod.id());
+    for (pid, _) in t.vmms()?.into_iter().chain(t.processes(SHIM)?) {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        ensure!(cgroup.trim_end() == format!("0::{scope}"), "{pid} is in {cgroup}");
+    }
+    pod.remove()?;
+    let error = cri.run_pod_by("sized", sized("refused", "io.kvrun.memory_mib")?).err().context("a pod")?;
+    ensure!(format!("{error:#}").contains("annotation io.kvrun.memory_mib is not allowed"), "{error:#}");
+    nothing_is_left(&cri)?;
+    // Nothing is in it any more.
+    fs::remove_dir(&dir)?;
     cri.end()
 }
 
