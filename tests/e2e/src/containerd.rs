@@ -32,6 +32,8 @@ pub const SHIM: &str = "containerd-shim";
 const RUN: &str = "/run/containerd";
 /// The layer with busybox, in the directory of its files.
 const USERLAND: &str = "layer.tar";
+/// That with the program of a sandbox.
+const PAUSE_LAYER: &str = "pause.tar";
 /// Its configuration, in the directory of its files.
 const CONFIG: &str = "config.toml";
 
@@ -176,12 +178,14 @@ impl<'a> Containerd<'a> {
         let containerd = Self { test, release, daemon, dir, namespace };
         let root = containerd.dir.join("image");
         userland(&root)?;
-        fs::write(root.join("pause"), PAUSE_PROGRAM)?;
-        fs::set_permissions(root.join("pause"), fs::Permissions::from_mode(0o755))?;
         bundle::archive(&root, &containerd.dir.join(USERLAND), &["."])?;
+        let program = containerd.dir.join("pause");
+        fs::write(&program, PAUSE_PROGRAM)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        bundle::archive(&containerd.dir, &containerd.dir.join(PAUSE_LAYER), &["pause"])?;
         containerd.import(&[
             Image { name: IMAGE, layers: &[USERLAND], command: &["sh"] },
-            Image { name: PAUSE, layers: &[USERLAND], command: &["/pause"] },
+            Image { name: PAUSE, layers: &[USERLAND, PAUSE_LAYER], command: &["/pause"] },
             Image { name: EMPTY, layers: &[], command: &["sh"] },
         ])?;
         Ok(containerd)
