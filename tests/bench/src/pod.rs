@@ -6,6 +6,8 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
@@ -20,6 +22,16 @@ use crate::{MEMORY_MIB, Stage, process};
 const PEER: &str = "io.containerd.runc.v2";
 const PEER_HANDLER: &str = "runc";
 const MIB: usize = 1 << 20;
+
+/// How long a pod is left alone to see what it costs when nothing is asked of it.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// What the pods of a test have used of the CPU, in microseconds.
+fn cpu_us(test: &Test) -> Result<f64> {
+    let stat = fs::read_to_string(cgroup(test).join("cpu.stat"))?;
+    let used = stat.lines().find_map(|line| line.strip_prefix("usage_usec "));
+    Ok(used.context("no usage_usec")?.parse()?)
+}
 
 /// Measures `runs` starts of a pod with one container, from the first request to the last answer; then what the processes of one hold.
 pub(crate) fn measure(stage: &Stage, runs: usize, report: &mut Report) -> Result<()> {
@@ -37,6 +49,9 @@ pub(crate) fn measure(stage: &Stage, runs: usize, report: &mut Report) -> Result
     // What it costs beside its containers: the processes, the guest's memory, and what the host's kernel keeps for both.
     let all = fs::read_to_string(cgroup(&test).join("memory.current"))?;
     report.number("mem.pod_overhead_kib", all.trim().parse::<f64>()? / 1024.0);
+    let before = cpu_us(&test)?;
+    thread::sleep(IDLE);
+    report.number("cpu.pod_idle_millicores", (cpu_us(&test)? - before) / IDLE.as_secs_f64() / 1000.0);
     let container = pod.start(script("sleeper", "echo up; sleep 1000"))?;
     time::until("the container runs", || Ok(pod.log("sleeper")?.contains("up")))?;
     let (shim, vmm) = (only(&test.processes(SHIM)?)?, only(&test.vmms()?)?);
