@@ -331,7 +331,12 @@ fn sandbox_has_a_process_only_where_one_is_needed(t: &Test) -> Result<()> {
     for (signals, code) in [(&["SIGHUP", "SIGTERM"][..], None), (&["SIGKILL"], Some(137))] {
         let pod = cri.run_pod(cri.pod_config("ends"))?;
         let sandbox = pod.id().to_owned();
+        // Which is not before it has subscribed to them.
         let events = ctr.start(&["events"])?;
+        time::until("events are heard", || {
+            ctr.ctr(&["image", "label", IMAGE, "a=b"])?.exited(0);
+            Ok(events.stdout.text().contains("/images/update"))
+        })?;
         for signal in signals {
             ensure!(pod.pod_status()?.state() == api::PodSandboxState::SandboxReady, "before {signal}");
             ctr.ctr(&["task", "kill", "--signal", signal, &sandbox])?.exited(0);
