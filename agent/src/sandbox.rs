@@ -4,8 +4,6 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use oci_spec::runtime::{Linux, LinuxBuilder};
-
 use crate::container::ContainerId;
 use crate::oci::error::SetupError;
 use crate::oci::namespaces;
@@ -25,12 +23,10 @@ impl Sandbox {
         id: ContainerId,
         hostname: &str,
         domainname: &str,
-        sysctls: HashMap<String, String>,
+        sysctls: &HashMap<String, String>,
     ) -> Result<(), SetupError> {
         namespaces::set_names(Some(hostname), Some(domainname))?;
-        // No field of it is required.
-        let linux: Linux = LinuxBuilder::default().sysctl(sysctls).build().unwrap_or_default();
-        namespaces::set_sysctls(&linux)?;
+        namespaces::set_sysctls(sysctls)?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
         Ok(())
     }

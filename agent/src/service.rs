@@ -326,7 +326,7 @@ impl Agent for AgentService {
 
     async fn set_up_sandbox(&self, _: &TtrpcContext, request: SetUpSandboxRequest) -> ttrpc::Result<Empty> {
         let SetUpSandboxRequest { container_id: id, hostname, domainname, sysctl, .. } = request;
-        let set_up = self.0.sandbox.stand_for(container_id(&id)?, &hostname, &domainname, sysctl);
+        let set_up = self.0.sandbox.stand_for(container_id(&id)?, &hostname, &domainname, &sysctl);
         set_up.map_err(|err| Failure::internal(error_chain(&err)))?;
         Ok(Empty::new())
     }

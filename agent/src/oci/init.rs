@@ -109,7 +109,7 @@ pub fn run_container(container: Container<'_>, gate: &Gate) -> Result<Infallible
     rustix::process::umask(Mode::empty());
     let mut root = Root::build(spec, sources)?;
     if let Some(linux) = spec.linux() {
-        namespaces::set_sysctls(linux)?;
+        namespaces::set_sysctls(linux.sysctl().iter().flatten())?;
     }
     let state = |status| State {
         oci_version: spec.version(),

@@ -171,13 +171,15 @@ pub fn set_names(hostname: Option<&str>, domainname: Option<&str>) -> Result<(),
     Ok(())
 }
 
-/// Writes `linux.sysctl`, in the namespaces of this process, through the guest's own `/proc`.
+/// Writes the settings of `linux.sysctl`, in the namespaces of this process, through the guest's own `/proc`.
 ///
 /// # Errors
 ///
 /// [`SetupError`].
-pub fn set_sysctls(linux: &Linux) -> Result<(), SetupError> {
-    for (name, value) in linux.sysctl().iter().flatten() {
+pub fn set_sysctls<'a>(
+    settings: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<(), SetupError> {
+    for (name, value) in settings {
         let path = sysctl_path(name);
         let error = || system(format!("linux.sysctl[{name:?}]: write {value:?}"));
         if path.split('/').any(|part| matches!(part, "" | "." | "..")) {

@@ -20,8 +20,8 @@ pub fn needs_no_process(spec: &Spec) -> bool {
     let only_waits =
         process.and_then(|process| process.args().as_deref()).is_some_and(|args| args == [PAUSE]);
     let has_own = |namespace: &LinuxNamespace| {
-        let joins = namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty());
-        joins || matches!(namespace.typ(), LinuxNamespaceType::User | LinuxNamespaceType::Time)
+        bundle::path_of(namespace).is_some()
+            || matches!(namespace.typ(), LinuxNamespaceType::User | LinuxNamespaceType::Time)
     };
     let in_guest = spec.hooks().as_ref().is_some_and(|hooks| {
         let lists = [hooks.create_container(), hooks.start_container()];
@@ -34,7 +34,7 @@ pub fn needs_no_process(spec: &Spec) -> bool {
 /// ([`in_guests_namespaces`]) is `own`.
 pub fn needs_process(spec: &Spec, id: &ContainerId, own: &Spec) -> bool {
     namespaces(spec).iter().any(|namespace| {
-        namespace.path().as_ref().is_some_and(|path| bundle::is_namespace_of(path, id))
+        bundle::path_of(namespace).is_some_and(|path| bundle::is_namespace_of(path, id))
             && namespaces(own).iter().any(|own| own.typ() == namespace.typ())
     })
 }

@@ -26,7 +26,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 pub use check::is_default_apparmor_profile;
 pub use mounts::{Bind, IdMap};
 use namespaces::Resolved;
-pub use namespaces::{Siblings, is_namespace_of};
+pub use namespaces::{Siblings, is_namespace_of, path_of};
 pub use oci_spec::runtime::{Hook, LinuxMemory, LinuxResources, Process, Spec};
 use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType};
 use open::{ByPath, Opened, Opener};

@@ -58,7 +58,8 @@ pub(super) fn check(spec: &Spec, linux: &Linux) -> Result<(), Fault> {
     Ok(())
 }
 
-fn path_of(namespace: &oci_spec::runtime::LinuxNamespace) -> Option<&Path> {
+/// The path by which a namespace is named that is joined; `None`: it is new.
+pub fn path_of(namespace: &oci_spec::runtime::LinuxNamespace) -> Option<&Path> {
     namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty())
 }
 

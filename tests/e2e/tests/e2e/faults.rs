@@ -28,6 +28,7 @@ pub(crate) const KILL_AGENT: &str = "range=$(grep '\\[stack\\]' /proc/1/maps | c
 
 /// The guest's kernel stands still and the VMM goes on: a panic that does not reset the machine.
 pub(crate) const HANG_KERNEL: &str = "echo 0 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger";
+
 /// A container that may do what only a kernel's owner may: the guest's kernel is not the host's.
 fn privileged(bundle: Bundle) -> Result<Bundle> {
     bundle.without_namespace("pid")?.with(|spec| {
