@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bundle::{self, userland};
 use crate::fixture::Test;
@@ -99,6 +99,19 @@ pub fn runtime_on(snapshotter: &str, handler: &str) -> String {
         "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]\nruntime_type = \"{RUNTIME}\"\n\
          snapshotter = \"{snapshotter}\"\n"
     )
+}
+
+/// Of each event of a task that `ctr events` has printed: what happened, as in `/tasks/WHAT`, and its payload.
+///
+/// # Errors
+/// When that is not JSON.
+pub fn task_events(printed: &str) -> Result<Vec<(&str, Value)>> {
+    let lines = printed.lines().filter_map(|line| line.split_once(" /tasks/"));
+    let events = lines.map(|(_, event)| {
+        let (what, payload) = event.split_once(' ').context(event.to_owned())?;
+        Ok((what, serde_json::from_str(payload).context(event.to_owned())?))
+    });
+    events.collect()
 }
 
 /// A containerd that runs.
@@ -231,7 +244,7 @@ impl<'a> Containerd<'a> {
         }
         files.sort();
         files.dedup();
-        fs::write(dir.join("manifest.json"), serde_json::Value::from(manifest).to_string())?;
+        fs::write(dir.join("manifest.json"), Value::from(manifest).to_string())?;
         let archive = dir.join("image.tar");
         bundle::archive(dir, &archive, &files.iter().map(String::as_str).collect::<Vec<_>>())?;
         self.ctr(&["image", "import", "--local", &archive.to_string_lossy()])?.exited(0);
@@ -244,6 +257,19 @@ impl<'a> Containerd<'a> {
     /// When it cannot be started.
     pub fn start(&self, args: &[&str]) -> Result<Running> {
         Running::start(&mut self.command(args))
+    }
+
+    /// `ctr events`, which hears of all that happens from now on: just started, it may not have subscribed yet.
+    ///
+    /// # Errors
+    /// When it cannot be started, or hears of nothing in time.
+    pub fn events(&self) -> Result<Running> {
+        let events = self.start(&["events"])?;
+        time::until("events are heard", || {
+            self.ctr(&["image", "label", IMAGE, "a=b"])?.exited(0);
+            Ok(events.stdout.text().contains("/images/update"))
+        })?;
+        Ok(events)
     }
 
     /// A `ctr` command.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM};
+use kvrun_e2e::containerd::{Containerd, IMAGE, RUNTIME, SHIM, task_events};
 use kvrun_e2e::loop_device::ext4;
 use kvrun_e2e::{Case, Terminal, Test, cases, process, time};
 use kvrun_pod::pod::{SHARE_SLOT, SLOTS};
@@ -227,7 +227,7 @@ fn child_that_keeps_output_open_holds_nobody_up(t: &Test) -> Result<()> {
 
 fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()> {
     let containerd = Containerd::new(t)?;
-    let events = containerd.start(&["events"])?;
+    let events = containerd.events()?;
     let id = t.id();
     let script = "trap 'exit 3' TERM; while :; do sleep 0.1; done";
     let limit = ["--detach", "--memory-limit", "67108864"];
@@ -289,10 +289,8 @@ fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()
     events.until("/tasks/delete")?;
     events.signal(Signal::TERM)?;
     let seen = events.stdout.text();
-    let topics: Vec<&str> = seen
-        .lines()
-        .filter_map(|line| line.split_whitespace().find_map(|word| word.strip_prefix("/tasks/")))
-        .collect();
+    let happened = task_events(&seen)?;
+    let topics: Vec<&str> = happened.iter().map(|(topic, _)| *topic).collect();
     let checkpoint = ["paused", "resumed"];
     let expected = ["create", "start"].iter().chain(&checkpoint).chain(&[
         "exec-added",
@@ -304,48 +302,54 @@ fn task_is_used_by_every_call_and_its_events_are_in_order(t: &Test) -> Result<()
         "delete",
     ]);
     ensure!(topics.iter().eq(expected), "{topics:?}: {seen}");
-    events_tell_what_has_happened(&seen, id)?;
+    events_tell_what_has_happened(&happened, id)?;
     drop(events);
     containerd.end()
 }
 
 /// The payloads of the events of a task that ran the process `first`.
-fn events_tell_what_has_happened(seen: &str, id: &str) -> Result<()> {
+fn events_tell_what_has_happened(happened: &[(&str, Value)], id: &str) -> Result<()> {
     let mut pid = None;
-    for line in seen.lines().filter(|line| line.contains(" /tasks/")) {
-        let (head, payload) = line.split_once(" {").context("no payload")?;
-        let payload: Value = serde_json::from_str(&format!("{{{payload}")).context(line.to_owned())?;
-        ensure!(payload["container_id"] == id, "{line}");
-        let topic = head.rsplit('/').next().unwrap_or_default();
+    for (topic, payload) in happened {
+        ensure!(payload["container_id"] == id, "{topic}: {payload}");
         let exec = payload.get("exec_id").or(payload.get("id")).and_then(Value::as_str);
-        match (topic, exec) {
+        match (*topic, exec) {
             ("create" | "start", _) => {
-                ensure!(payload["pid"].as_u64() > Some(0), "{line}");
-                ensure!(pid.is_none() || pid == payload["pid"].as_u64(), "another process: {line}");
+                ensure!(payload["pid"].as_u64() > Some(0), "{topic}: {payload}");
+                ensure!(
+                    pid.is_none() || pid == payload["pid"].as_u64(),
+                    "another process: {topic}: {payload}"
+                );
                 pid = payload["pid"].as_u64();
             }
-            ("exec-added", exec) => ensure!(exec == Some("first"), "{line}"),
+            ("exec-added", exec) => ensure!(exec == Some("first"), "{topic}: {payload}"),
             ("exec-started", exec) => {
-                ensure!(exec == Some("first") && payload["pid"].as_u64() > Some(0), "{line}");
+                ensure!(exec == Some("first") && payload["pid"].as_u64() > Some(0), "{topic}: {payload}");
             }
             ("exit", Some("first")) => {
-                ensure!(payload["exit_status"] == 5 && payload.get("exited_at").is_some(), "{line}");
+                ensure!(
+                    payload["exit_status"] == 5 && payload.get("exited_at").is_some(),
+                    "{topic}: {payload}"
+                );
             }
             ("exit", exec) => {
-                ensure!(exec == Some(id) && payload["pid"].as_u64() == pid, "{line}");
-                ensure!(payload["exit_status"] == 3 && payload.get("exited_at").is_some(), "{line}");
+                ensure!(exec == Some(id) && payload["pid"].as_u64() == pid, "{topic}: {payload}");
+                ensure!(
+                    payload["exit_status"] == 3 && payload.get("exited_at").is_some(),
+                    "{topic}: {payload}"
+                );
             }
-            ("delete", _) => ensure!(payload["exit_status"] == 3, "{line}"),
+            ("delete", _) => ensure!(payload["exit_status"] == 3, "{topic}: {payload}"),
             _ => {}
         }
     }
-    ensure!(pid.is_some(), "{seen}");
+    ensure!(pid.is_some(), "{happened:?}");
     Ok(())
 }
 
 fn oom_kill_is_an_event_when_it_happens(t: &Test) -> Result<()> {
     let containerd = Containerd::new(t)?;
-    let events = containerd.start(&["events"])?;
+    let events = containerd.events()?;
     let id = t.id();
     // A child of the container's process, and then that itself.
     let script = "echo up; read line; dd if=/dev/zero of=/dev/null bs=100M count=1; echo over; read line; \
@@ -365,15 +369,11 @@ fn oom_kill_is_an_event_when_it_happens(t: &Test) -> Result<()> {
     events.until("/tasks/delete")?;
     events.signal(Signal::TERM)?;
     let seen = events.stdout.text();
-    let topics: Vec<&str> = seen
-        .lines()
-        .filter_map(|line| line.split_whitespace().find_map(|word| word.strip_prefix("/tasks/")))
-        .collect();
+    let happened = task_events(&seen)?;
+    let topics: Vec<&str> = happened.iter().map(|(topic, _)| *topic).collect();
     ensure!(topics == ["create", "start", "oom", "oom", "exit", "delete"], "{topics:?}: {seen}");
-    for line in seen.lines().filter(|line| line.contains("/tasks/oom")) {
-        let (_, payload) = line.split_once(" {").context("no payload")?;
-        let payload: Value = serde_json::from_str(&format!("{{{payload}")).context(line.to_owned())?;
-        ensure!(payload["container_id"] == id, "{line}");
+    for (topic, payload) in happened.iter().filter(|(topic, _)| *topic == "oom") {
+        ensure!(payload["container_id"] == id, "{topic}: {payload}");
     }
     drop(events);
     containerd.end()

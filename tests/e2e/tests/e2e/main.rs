@@ -77,6 +77,7 @@ fn main() -> ExitCode {
         pods::CASES,
         containerd::CASES,
         cri::CASES,
+        cri::limits::CASES,
         cri::OLDER_CASES,
         deploy::CASES,
         pod_faults::CASES,
